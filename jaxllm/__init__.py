@@ -1,0 +1,38 @@
+"""jaxllm: LLM inference and serving in JAX, on GPU, TPU and CPU."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxllm.inputs import TextPrompt, TokensPrompt
+    from jaxllm.llm import LLM
+    from jaxllm.outputs import CompletionOutput, RequestOutput
+    from jaxllm.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
+
+__version__ = "0.1.0"
+
+# Name -> module. Resolved on first use, so that `import jaxllm.scheduling` does not import JAX.
+_EXPORTS = {
+    "LLM": "jaxllm.llm",
+    "SamplingParams": "jaxllm.sampling_params",
+    "BeamSearchParams": "jaxllm.sampling_params",
+    "RequestOutputKind": "jaxllm.sampling_params",
+    "RequestOutput": "jaxllm.outputs",
+    "CompletionOutput": "jaxllm.outputs",
+    "TextPrompt": "jaxllm.inputs",
+    "TokensPrompt": "jaxllm.inputs",
+}
+
+__all__ = [*_EXPORTS, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module 'jaxllm' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,90 @@
+"""What an engine is told: frozen, in vLLM's names; `resolve` functions return a new one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+DEMO_MODEL = "demo"
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Limits that the scheduler works within; known once the KV cache has been sized.
+
+    Attributes:
+        max_num_seqs: requests running at once.
+        max_num_batched_tokens: token budget of a step.
+        max_model_len: prompt and output tokens of one request.
+        page_size: tokens a KV page holds.
+        num_pages: pages in the cache, including the null page 0, which is never handed out.
+        long_prefill_token_threshold: a prompt computes at most this many tokens a step; 0 is no limit.
+        reschedule_in_flight: whether a request may be scheduled again while its newest token is
+            still on the device (overlapped execution); with pipeline parallelism it may not.
+    """
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    page_size: int
+    num_pages: int
+    enable_prefix_caching: bool = True
+    enable_chunked_prefill: bool = True
+    long_prefill_token_threshold: int = 0
+    policy: str = "fcfs"
+    reschedule_in_flight: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Arguments of `LLM(...)` and flags of `python -m jaxllm.serve`; None means "decide for me".
+
+    `jaxllm.engine.Engine.from_config` fills in what depends on the model and the platform.
+
+    Attributes:
+        model: a directory, a hub name, or "demo" for the bundled demonstration model.
+        dtype: "auto" is the checkpoint's on GPU and TPU, and float32 on CPU.
+        block_size: tokens per KV page.
+        gpu_memory_utilization: fraction of device memory for weights, activations and KV cache.
+        kv_cache_memory_bytes: size of the KV cache per device, instead of the fraction.
+        max_logprobs: most logprobs a request may ask for; -1 admits the whole vocabulary.
+        async_scheduling: overlap the host's work with the device's.
+        forbid_recompile: raise instead of compiling after warm-up.
+        compilation_cache_dir: where compiled steps persist; "" turns the cache off.
+    """
+
+    model: str = DEMO_MODEL
+    tokenizer: str | None = None
+    skip_tokenizer_init: bool = False
+    trust_remote_code: bool = False
+    dtype: str = "auto"
+    seed: int = 0
+    revision: str | None = None
+    tokenizer_revision: str | None = None
+    download_dir: str | None = None
+    load_format: Literal["auto", "safetensors", "dummy", "orbax"] = "auto"
+    hf_overrides: dict[str, Any] = field(default_factory=dict)
+    generation_config: str = "auto"
+    override_generation_config: dict[str, Any] = field(default_factory=dict)
+    max_model_len: int | None = None
+    max_logprobs: int = 20
+    logprobs_mode: Literal["raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits"] = "raw_logprobs"
+    disable_sliding_window: bool = False
+    block_size: int = 16
+    gpu_memory_utilization: float = 0.92
+    kv_cache_memory_bytes: int | None = None
+    num_gpu_blocks_override: int | None = None
+    enable_prefix_caching: bool = True
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    enable_chunked_prefill: bool = True
+    long_prefill_token_threshold: int = 0
+    scheduling_policy: str = "fcfs"
+    async_scheduling: bool = True
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    data_parallel_size: int = 1
+    attention_backend: str | None = None
+    forbid_recompile: bool = False
+    compilation_cache_dir: str | None = None
+    disable_log_stats: bool = False

@@ -1,0 +1,103 @@
+"""A request as the engine sees it: token ids, parameters, and how far it has come."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from jaxllm.sampling_params import SamplingParams
+
+
+class RequestStatus(enum.Enum):
+    """Where a request stands. Every request ends in one of the `FINISHED_*` states."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    PREEMPTED = "preempted"
+    FINISHED_STOPPED = "stop"
+    FINISHED_LENGTH = "length"
+    FINISHED_ABORTED = "abort"
+    FINISHED_ERROR = "error"
+    FINISHED_REPETITION = "repetition"
+
+    @property
+    def is_finished(self) -> bool:
+        return self in _FINISHED
+
+    @property
+    def finish_reason(self) -> str | None:
+        """The OpenAI finish reason, or None while the request is alive."""
+        return self.value if self in _FINISHED else None
+
+
+_FINISHED = frozenset(s for s in RequestStatus if s.name.startswith("FINISHED"))
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """One sequence to complete. A user's request with `n > 1` becomes n of these.
+
+    The first block of fields is what was asked and never changes. The second is progress:
+    it belongs to the `Scheduler`, and everybody else only reads it.
+
+    Attributes:
+        request_id: unique among unfinished requests.
+        prompt_token_ids: at least one id.
+        eos_token_ids: ids that end the sequence unless `sampling_params.ignore_eos`.
+        max_tokens: output tokens allowed, already capped by the room left in max_model_len.
+        seed: seed of this sequence's random draws; a draw depends on it and on the position alone,
+            so that batching and preemption do not change what is sampled.
+        priority: lower is served first under the `priority` policy.
+        cache_salt: requests share cached pages only with requests of the same salt.
+        group_id: common to the n sequences of one user request, which share prompt pages
+            even where prefix caching is off; None where n is 1.
+        token_ids: prompt and output tokens known to the host, in order.
+        num_pending_tokens: tokens sampled by steps still in flight, not yet in `token_ids`.
+        num_computed_tokens: positions whose keys and values are in the cache, or will be once
+            the steps in flight have run.
+        num_cached_tokens: prompt tokens found in the prefix cache at the first admission.
+        pages: page ids holding positions [0, len(pages) * page_size), in order; while the
+            request runs the list only grows.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling_params: SamplingParams
+    arrival_time: float = 0.0
+    eos_token_ids: frozenset[int] = frozenset()
+    max_tokens: int = 16
+    seed: int = 0
+    priority: int = 0
+    cache_salt: str | None = None
+    group_id: str | None = None
+
+    status: RequestStatus = RequestStatus.WAITING
+    token_ids: list[int] = field(default_factory=list)
+    num_pending_tokens: int = 0
+    num_computed_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+    pages: list[int] = field(default_factory=list)
+    stop_reason: int | str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.token_ids:
+            self.token_ids = list(self.prompt_token_ids)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that exist, including those still in flight."""
+        return len(self.token_ids) + self.num_pending_tokens
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Output tokens that exist, including those still in flight."""
+        return self.num_tokens - self.num_prompt_tokens
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt_tokens :]

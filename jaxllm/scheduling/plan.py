@@ -1,0 +1,92 @@
+"""What passes between the scheduler and the runner: plain data, a plan down and a result up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxllm.request import Request
+
+
+class ScheduledRequest(NamedTuple):
+    """A run of positions of one request to compute in one step.
+
+    Attributes:
+        request: read-only for the runner.
+        start: first position to compute.
+        num_tokens: positions [start, start + num_tokens) are computed. Where this reaches past
+            `len(request.token_ids)`, the last token is still in flight and lives on the device.
+        samples: whether the last position's logits yield the next token.
+    """
+
+    request: Request
+    start: int
+    num_tokens: int
+    samples: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One step's work.
+
+    Attributes:
+        step_id: counts up from 0.
+        scheduled: what to compute, each request at most once.
+        released: requests that stopped running since the last plan (finished, aborted or
+            preempted). The runner drops what it keeps for them before it looks at `scheduled`,
+            where a preempted one may already stand again.
+        num_tokens: sum of `num_tokens` over `scheduled`.
+    """
+
+    step_id: int
+    scheduled: tuple[ScheduledRequest, ...]
+    released: tuple[Request, ...]
+    num_tokens: int
+
+
+class TokenLogprobs(NamedTuple):
+    """Log-probabilities at one position.
+
+    Attributes:
+        logprob: of the token that stands there (sampled, or the prompt's own).
+        rank: of that token among the vocabulary, from 1.
+        top_ids: int32[k], most probable ids first.
+        top_logprobs: float32[k].
+    """
+
+    logprob: float
+    rank: int
+    top_ids: np.ndarray
+    top_logprobs: np.ndarray
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What the device returned for a plan, row i for `plan.scheduled[i]`.
+
+    Attributes:
+        token_ids: newly sampled ids per scheduled request; empty where nothing was sampled.
+        logprobs: per scheduled request one entry for each id in `token_ids`, or None where
+            the request did not ask.
+        prompt_logprobs: for requests that asked, by row: entries for the prompt positions
+            `start + 1 ...` that this step's logits predict, in order.
+    """
+
+    token_ids: list[list[int]]
+    logprobs: list[list[TokenLogprobs] | None]
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class RequestUpdate:
+    """What one applied step changed for one request; `Scheduler.apply` returns a list of these.
+
+    `request.status` says whether it finished. `new_token_ids` holds what was appended to it.
+    """
+
+    request: Request
+    new_token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
