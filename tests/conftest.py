@@ -1,0 +1,18 @@
+"""What every test runs under: the CPU unless told otherwise, no network, deterministic examples in CI."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports JAX or huggingface_hub, which read these once.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "local", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile("ci", settings.get_profile("local"), derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "local")
