@@ -1,0 +1,1 @@
+"""Benchmarks: each is a module to run, `benchmarks/README.md` says what it measures."""
