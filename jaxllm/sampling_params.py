@@ -380,10 +380,11 @@ class BeamSearchParams:
         beam_width: sequences kept at each step, and returned.
         max_tokens: output tokens of a sequence at most.
         ignore_eos: do not end sequences at the end-of-sequence token.
-        temperature: of the distribution whose log-probabilities are summed; 0 and 1 leave it as it is.
-        length_penalty: exponent of the length by which the summed log-probability is divided; above 1
-            favours long sequences, below 1 short ones.
-        include_stop_str_in_output: keep the end-of-sequence token that ended a sequence.
+        temperature: of the distribution whose log-probabilities are summed where the engine's
+            `logprobs_mode` is a processed one, [0, 2]; the default mode sums the model's own.
+        length_penalty: exponent of the length by which the summed log-probability is divided, [-16, 16];
+            above 1 favours long sequences, below 1 short ones.
+        include_stop_str_in_output: keep the text of the end-of-sequence token that ended a sequence.
         structured_outputs: not served yet.
         skip_special_tokens: leave special tokens out of the text.
     """
@@ -409,7 +410,7 @@ class BeamSearchParams:
         self.beam_width = _integer("beam_width", self.beam_width, low=1, high=MAX_SEQUENCES)
         self.max_tokens = _integer("max_tokens", self.max_tokens, low=1)
         self.temperature = _number("temperature", self.temperature, 0.0, 2.0)
-        self.length_penalty = _number("length_penalty", self.length_penalty)
+        self.length_penalty = _number("length_penalty", self.length_penalty, -16.0, 16.0)
         for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
             _boolean(name, getattr(self, name))
         if self.structured_outputs is not None:
