@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
 from benchmarks.machine import Machine
 from benchmarks.workloads import Workload
+from jaxllm.models.config import ModelConfig
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -39,87 +40,87 @@ class ModelCost:
     Attributes:
         layer_parameters: weights of all layers' linear products; each is used once a token.
         head_parameters: weights of the product that yields the logits, whether tied or not.
+        embedding_parameters: weights that are only looked up.
+        windows: how many layers have this sliding window (None: full attention).
     """
 
-    num_layers: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
     layer_parameters: int
     head_parameters: int
     embedding_parameters: int
+    windows: dict[int | None, int]
     dtype_bytes: int
-    sliding_window: int | None = None
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], dtype: str) -> ModelCost:
-        """Reads a Hugging Face config of a Llama-like model.
+    def from_config(cls, config: ModelConfig, dtype: str) -> ModelCost:
+        """Counts a model whose weights and cache have this dtype.
 
         Raises:
-            KeyError: if the config lacks a size, or the dtype is not one of `DTYPE_BYTES`.
+            KeyError: if the dtype is not one of `DTYPE_BYTES`.
         """
-        hidden = config["hidden_size"]
-        num_heads = config["num_attention_heads"]
-        num_kv_heads = config.get("num_key_value_heads") or num_heads
-        head_dim = config.get("head_dim") or hidden // num_heads
-        attention = hidden * head_dim * (2 * num_heads + 2 * num_kv_heads)
-        mlp = 3 * hidden * config["intermediate_size"]
-        vocabulary = config["vocab_size"] * hidden
+        hidden, layers = config.hidden_size, config.num_layers
+        attention = hidden * config.head_dim * (2 * config.num_heads + 2 * config.num_kv_heads)
+        mlp = (3 if config.gated_mlp else 2) * hidden * config.intermediate_size
+        vocabulary = config.vocab_size * (config.embedding_dim or hidden)
         return cls(
-            num_layers=config["num_hidden_layers"],
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            layer_parameters=config["num_hidden_layers"] * (attention + mlp),
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            layer_parameters=layers * (attention + mlp),
             head_parameters=vocabulary,
-            embedding_parameters=0 if config.get("tie_word_embeddings") else vocabulary,
+            embedding_parameters=(0 if config.tie_word_embeddings else vocabulary)
+            + config.num_learned_positions * hidden,
+            windows=dict(Counter(config.layer_windows or (None,) * layers)),
             dtype_bytes=DTYPE_BYTES[dtype],
-            sliding_window=config.get("sliding_window"),
         )
+
+    @property
+    def num_layers(self) -> int:
+        return sum(self.windows.values())
 
     @property
     def num_parameters(self) -> int:
         """Weights in all, but for norms and biases."""
         return self.layer_parameters + self.head_parameters + self.embedding_parameters
 
-    @property
-    def kv_bytes_per_token(self) -> int:
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype_bytes
+    def seen(self, position: int) -> int:
+        """How many positions a query at `position` sees, itself included, summed over layers."""
+        return sum(
+            layers * min(position + 1, window or position + 1) for window, layers in self.windows.items()
+        )
 
-    def step(self, num_tokens: int, num_logits: int, num_attended: int, num_context: int) -> Work:
+    def step(self, num_tokens: int, num_logits: int, attended: int, context: int) -> Work:
         """One forward pass.
 
         Args:
             num_tokens: tokens computed.
             num_logits: positions whose logits are wanted.
-            num_attended: pairs of a query and a position that it sees, over all sequences.
-            num_context: positions whose keys and values are read, over all sequences.
+            attended: pairs of a query and a position that it sees, over sequences and layers.
+            context: positions whose keys and values are read, over sequences and layers.
         """
         products = 2 * (self.layer_parameters * num_tokens + self.head_parameters * num_logits)
-        attention = 4 * self.num_layers * self.num_heads * self.head_dim * num_attended
+        attention = 4 * self.num_heads * self.head_dim * attended
         weights = self.layer_parameters + (self.head_parameters if num_logits else 0)
-        kv = self.kv_bytes_per_token * (num_context + num_tokens)
-        return Work(float(products + attention), float(self.dtype_bytes * weights + kv))
+        kv = 2 * self.num_kv_heads * self.head_dim * (context + self.num_layers * num_tokens)
+        return Work(float(products + attention), float(self.dtype_bytes * (weights + kv)))
 
     def workload(self, workload: Workload, *, max_num_batched_tokens: int) -> Work:
         """The whole of a workload: its prompts packed into full steps, then one step a token.
 
-        Shared prompt tokens are computed once. Activations are not counted: they stay in caches.
+        Shared prompt tokens are computed once. Activations are not counted: at best they stay on chip.
         """
         n, length, shared = workload.num_prompts, workload.input_len, workload.shared_len
         tokens = workload.num_computed_prompt_tokens
-        steps = math.ceil(tokens / max_num_batched_tokens)
-        own = sum(self._seen(position) for position in range(shared, length))
-        attended = sum(self._seen(position) for position in range(shared)) + n * own
-        # Keys and values of earlier chunks and of the shared prefix are read again; the rest is at hand.
-        prefill = self.step(tokens, n, attended, n * shared)
-        again = self.step(0, 0, 0, 0)
-        total = Work(prefill.flops, prefill.bytes + (steps - 1) * again.bytes)
+        attended = sum(self.seen(position) for position in range(shared))
+        attended += n * sum(self.seen(position) for position in range(shared, length))
+        # Of the cache, a prefill has to read what it did not compute itself: the shared prefix.
+        context = (n - 1) * self.seen(shared - 1) if shared else 0
+        total = self.step(tokens, n, attended, context)
+        for _ in range(math.ceil(tokens / max_num_batched_tokens) - 1):
+            total += self.step(0, 0, 0, 0)
         for output in range(1, workload.output_len):
-            context = n * self._seen(length + output - 1)
-            total += self.step(n, n, context, context)
+            seen = n * self.seen(length + output - 1)
+            total += self.step(n, n, seen, seen)
         return total
-
-    def _seen(self, position: int) -> int:
-        """How many positions a query at `position` sees, itself included."""
-        return min(position + 1, self.sliding_window or position + 1)

@@ -1,0 +1,242 @@
+"""The benchmarks measure what they say: workloads, counted costs, checkpoints, and engines as processes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+from benchmarks import checkpoint, compare, machine, peers, shapes, startup
+from benchmarks.cost import ModelCost
+from benchmarks.workloads import STANDARD, Workload, parse_workload
+from jaxllm.models.config import ModelConfig
+
+# Parameter counts that the models' cards state, in billions.
+PARAMETERS = {
+    "llama-135m": 0.1345,
+    "llama-3.2-1b": 1.236,
+    "llama-3.1-8b": 8.03,
+    "llama-3.1-70b": 70.55,
+    "mistral-7b": 7.24,
+    "qwen3-0.6b": 0.596,
+    "qwen3-8b": 8.19,
+}
+
+
+@pytest.mark.parametrize("name", shapes.SHAPES)
+def test_shapes_have_the_parameters_of_the_models(name: str) -> None:
+    tensors = checkpoint.tensor_shapes(shapes.SHAPES[name])
+    count = sum(int(np.prod(shape, dtype=np.int64)) for _, shape in tensors)
+    assert count / 1e9 == pytest.approx(PARAMETERS[name], rel=2e-3)
+
+
+workloads = st.builds(
+    lambda n, length, out, shared: Workload(n, length, out, shared % length),
+    st.integers(1, 5),
+    st.integers(1, 20),
+    st.integers(1, 6),
+    st.integers(0, 19),
+)
+
+
+@given(workloads)
+def test_workloads_survive_being_written(workload: Workload) -> None:
+    text = f"{workload.num_prompts}x{workload.input_len}->{workload.output_len}"
+    assert parse_workload(f"{text}/{workload.shared_len}") == workload
+    if not workload.shared_len:
+        assert parse_workload(text) == workload
+
+
+@pytest.mark.parametrize(
+    "text", ["", "8", "8x128", "0x5->5", "8x0->1", "8x8->0", "8x8->1/8", "8x8->1/9", "ax1->1"]
+)
+def test_malformed_workloads_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="workload"):
+        parse_workload(text)
+
+
+def test_prompts_share_what_they_say_and_nothing_else() -> None:
+    workload = Workload(16, 512, 32, shared_len=448)
+    prompts = np.array(workload.prompts(49152, seed=1))
+    assert prompts.shape == (16, 512)
+    assert (prompts[:, :448] == prompts[0, :448]).all()
+    assert len({tuple(row) for row in prompts[:, 448:464]}) == 16
+    again = np.array(workload.prompts(49152, seed=2))
+    assert (again[0, :16] != prompts[0, :16]).any()
+    assert workload.prompts(49152, seed=1) == prompts.tolist()
+
+
+def brute_force(config: ModelConfig, workload: Workload, budget: int, size: int) -> tuple[int, int]:
+    """FLOPs and bytes of a workload, one token and one layer at a time."""
+    hidden, dim = config.hidden_size, config.head_dim
+    matrices = [
+        config.num_heads * dim * hidden,
+        config.num_kv_heads * dim * hidden,
+        config.num_kv_heads * dim * hidden,
+        hidden * config.num_heads * dim,
+        *[hidden * config.intermediate_size] * (3 if config.gated_mlp else 2),
+    ]
+    head = config.vocab_size * hidden
+    token_kv = 2 * config.num_kv_heads * dim
+    flops = moved = steps = computed = 0
+
+    def visible(position: int, window: int | None) -> range:
+        return range(max(0, position + 1 - window) if window else 0, position + 1)
+
+    for prompt in range(workload.num_prompts):
+        for position in range(workload.input_len):
+            if prompt and position < workload.shared_len:
+                continue
+            computed += 1
+            for window in config.layer_windows:
+                flops += sum(2 * m for m in matrices)
+                flops += 4 * config.num_heads * dim * len(visible(position, window))
+                moved += token_kv
+        if prompt and workload.shared_len:
+            moved += sum(token_kv * len(visible(workload.shared_len - 1, w)) for w in config.layer_windows)
+        flops += 2 * head
+    while computed > 0:
+        computed -= budget
+        moved += len(config.layer_windows) * sum(matrices) + (0 if steps else head)
+        steps += 1
+    for output in range(1, workload.output_len):
+        moved += len(config.layer_windows) * sum(matrices) + head
+        for _ in range(workload.num_prompts):
+            flops += 2 * head
+            for window in config.layer_windows:
+                seen = len(visible(workload.input_len + output - 1, window))
+                flops += sum(2 * m for m in matrices) + 4 * config.num_heads * dim * seen
+                moved += token_kv * (seen + 1)
+    return flops, moved * size
+
+
+@given(workloads, st.integers(1, 40), st.booleans())
+def test_costs_equal_counting_one_by_one(workload: Workload, budget: int, gated: bool) -> None:
+    config = ModelConfig(
+        architecture="LlamaForCausalLM",
+        vocab_size=31,
+        hidden_size=12,
+        intermediate_size=20,
+        num_layers=3,
+        num_heads=6,
+        num_kv_heads=2,
+        head_dim=5,
+        max_position_embeddings=64,
+        gated_mlp=gated,
+        layer_windows=(None, 4, 4),
+    )
+    cost = ModelCost.from_config(config, "bfloat16")
+    work = cost.workload(workload, max_num_batched_tokens=budget)
+    assert (work.flops, work.bytes) == brute_force(config, workload, budget, size=2)
+
+
+TINY = {
+    **shapes.SHAPES["qwen3-0.6b"],
+    "vocab_size": 331,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setitem(shapes.SHAPES, "tiny", TINY)
+    yield "tiny"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_checkpoints_are_sharded_and_complete(
+    tiny: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "_SHARD_BYTES", 50_000)
+    checkpoint.write_checkpoint(tiny, tmp_path, dtype=dtype)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    expected = dict(checkpoint.tensor_shapes(TINY))
+    assert index["weight_map"].keys() == expected.keys()
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) > 1 and {f.name for f in files} == set(index["weight_map"].values())
+    total = 0
+    for file in files:
+        with safe_open(file, "numpy") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
+                assert tuple(tensors.get_slice(name).get_shape()) == expected[name]
+                total += int(np.prod(expected[name])) * (4 if dtype == "float32" else 2)
+    assert total == index["metadata"]["total_size"]
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == dtype
+
+
+def test_the_machine_is_measured() -> None:
+    measured = machine.measure()
+    assert 1e8 < measured.read_bandwidth < 1e14
+    assert 1e8 < measured.copy_bandwidth < 1e14
+    assert 1e9 < measured.flops("float32") < 1e16
+    assert measured.flops("float16") == measured.flops("float32")
+
+
+def test_a_peer_that_cannot_start_says_why(tmp_path: Path) -> None:
+    missing = tmp_path / "no-such-model"
+    with peers.Peer("jaxllm", sys.executable, tmp_path / "log") as peer:
+        with pytest.raises(peers.PeerError, match="no-such-model"):
+            peer.load(model=str(missing), dtype="float32", max_model_len=32, max_num_seqs=2)
+
+
+def test_comparing_with_oneself(tiny: str, tmp_path: Path) -> None:
+    directory = checkpoint.write_checkpoint(tiny, tmp_path / "model")
+    rows = [Workload(2, 5, 3), Workload(3, 40, 1, shared_len=32)]
+    with (
+        peers.Peer("jaxllm", sys.executable, tmp_path / "a") as ours,
+        peers.Peer("jaxllm", sys.executable, tmp_path / "b") as theirs,
+    ):
+        result = compare.compare([ours, theirs], directory, tiny, "float32", rows, repeats=2, seed=0)
+    assert result.engines[0].startswith("jaxllm ")
+    assert [[len(m.seconds) for m in row] for row in result.runs] == [[2, 2], [2, 2]]
+    assert all(seconds > 0 for row in result.runs for m in row for seconds in m.seconds)
+    assert result.geometric_mean() == pytest.approx((result.ratio(0) * result.ratio(1)) ** 0.5)
+    compare.print_comparison(result)
+
+
+def test_a_start_is_timed_to_its_first_token(tiny: str, tmp_path: Path) -> None:
+    directory = checkpoint.write_checkpoint(tiny, tmp_path / "model")
+    arguments: dict[str, object] = {"model": str(directory), "max_num_seqs": 2, "max_model_len": 64}
+    start = startup.start_once(arguments | {"compilation_cache_dir": str(tmp_path / "cache")}, 4, "cold")
+    assert [name for name, _ in start.stages] == list(startup.STAGES)
+    assert all(seconds > 0 for _, seconds in start.stages)
+    assert all(0 < seconds < start.seconds for _, seconds in start.log)
+    with pytest.raises(RuntimeError, match="did not start"):
+        startup.start_once({"model": str(tmp_path / "nothing")}, 4, "cold")
+
+
+@pytest.mark.parity
+def test_transformers_is_a_peer(tiny: str, tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="parity tests need torch: pip install -e '.[test,parity]'")
+    directory = checkpoint.write_checkpoint(tiny, tmp_path / "model")
+    with peers.Peer("transformers", sys.executable, tmp_path / "log") as peer:
+        engine, _ = peer.load(model=str(directory), dtype="float32", max_model_len=64, max_num_seqs=4)
+        assert engine.startswith("transformers ")
+        assert peer.generate([[5, 6, 7], [8, 9, 10]], 4) > 0
+
+
+def test_standard_rows_are_those_releases_are_compared_by() -> None:
+    assert [str(row) for row in STANDARD] == [
+        "1 x 16 -> 64",
+        "1 x 1024 -> 1",
+        "8 x 128 -> 64",
+        "32 x 128 -> 64",
+        "64 x 64 -> 64",
+        "16 x 512 -> 32",
+        "16 x 512 -> 32 (448 shared)",
+    ]
