@@ -142,7 +142,7 @@ class EngineStats:
         prefix_cache_hits: of these, tokens found.
         num_preemptions: sequences that lost their pages and were computed again.
         request_success: sequences that ended, by finish reason.
-        cache_config: figures of the KV cache for the `cache_config_info` gauge: block_size, num_gpu_blocks, ...
+        cache_config: labels of the `cache_config_info` gauge, such as block_size and num_gpu_blocks.
         iteration_tokens: tokens computed per step.
         time_to_first_token: arrival to first token, seconds.
         inter_token_latency: between two tokens of a sequence, seconds.

@@ -1,0 +1,430 @@
+"""The engine on a thread of its own, its outputs as asynchronous streams.
+
+The engine's thread owns the engine and the table of streams; everything else reaches it through one
+inbox of commands. Outputs travel back with one wake-up of the event loop per step, however many
+requests advanced in it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import itertools
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+from jaxllm.errors import EngineDeadError, JaxLLMError
+from jaxllm.outputs import CompletionOutput, RequestOutput
+from jaxllm.sampling_params import RequestOutputKind, SamplingParams
+
+if TYPE_CHECKING:
+    from jaxllm.engine import Engine
+    from jaxllm.input_processor import ProcessedInput
+    from jaxllm.stats import EngineStats
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class OutputStream:
+    """The outputs of one request, in order; iterate over it on the event loop that made it.
+
+    A consumer that is slower than the engine gets fewer and larger outputs: what piled up is merged,
+    and nothing that a DELTA output brought is lost. The iteration ends after the finished output, or
+    with the exception that ended the request.
+    """
+
+    def __init__(self, engine: AsyncEngine, request_id: str, output_kind: RequestOutputKind) -> None:
+        self.request_id = request_id
+        self._engine = engine
+        self._output_kind = output_kind
+        self._loop = asyncio.get_running_loop()
+        self._pending: list[RequestOutput] = []
+        self._error: BaseException | None = None
+        self._ended = False
+        self._waiter: asyncio.Future[None] | None = None
+
+    def __aiter__(self) -> OutputStream:
+        return self
+
+    async def __anext__(self) -> RequestOutput:
+        while not self._pending:
+            if self._error is not None:
+                raise self._error
+            if self._ended:
+                raise StopAsyncIteration
+            self._waiter = self._loop.create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        pending, self._pending = self._pending, []
+        return pending[0] if len(pending) == 1 else merge_outputs(pending, self._output_kind)
+
+    def close(self) -> None:
+        """Abort the request unless it has ended, and end the iteration; for consumers that stop listening."""
+        if not self._ended:
+            self._end()
+            self._engine.abort([self.request_id])
+
+    def _put(self, output: RequestOutput) -> None:
+        if not self._ended:
+            self._pending.append(output)
+            self._ended = output.finished
+            self._wake()
+
+    def _fail(self, error: BaseException) -> None:
+        if not self._ended:
+            self._error = error
+            self._ended = True
+            self._wake()
+
+    def _end(self) -> None:
+        self._ended = True
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+def merge_outputs(outputs: list[RequestOutput], kind: RequestOutputKind) -> RequestOutput:
+    """One output that says what several in a row said.
+
+    Deltas are concatenated per completion; of cumulative outputs the last of each completion stays.
+    """
+    last = outputs[-1]
+    by_index: dict[int, list[CompletionOutput]] = {}
+    for completion in itertools.chain.from_iterable(output.outputs for output in outputs):
+        by_index.setdefault(completion.index, []).append(completion)
+    if kind is RequestOutputKind.DELTA:
+        completions = [_concatenate(parts) for parts in by_index.values()]
+    else:
+        completions = [parts[-1] for parts in by_index.values()]
+    prompt_logprobs = next((o.prompt_logprobs for o in outputs if o.prompt_logprobs is not None), None)
+    return replace(last, outputs=completions, prompt_logprobs=prompt_logprobs)
+
+
+def _concatenate(parts: list[CompletionOutput]) -> CompletionOutput:
+    if len(parts) == 1:
+        return parts[0]
+    logprobs = None
+    if any(part.logprobs is not None for part in parts):
+        logprobs = [position for part in parts for position in part.logprobs or ()]
+    return replace(
+        parts[-1],
+        text="".join(part.text for part in parts),
+        token_ids=[token_id for part in parts for token_id in part.token_ids],
+        logprobs=logprobs,
+    )
+
+
+def _ignore(error: BaseException) -> None:
+    pass
+
+
+class _Command(NamedTuple):
+    """Something for the engine's thread to do, and whom to tell when it cannot be done."""
+
+    run: Callable[[], None]
+    fail: Callable[[BaseException], object] = _ignore
+
+
+class AsyncEngine:
+    """Serves many asynchronous consumers from one synchronous `Engine`.
+
+    Args:
+        engine: from now on touched by this object's thread only.
+
+    A failure inside `Engine.step` ends every request with `EngineDeadError`, and the engine with it:
+    `is_dead` is true and `error` says why.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._inbox: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
+        self._gate = threading.Lock()
+        self._refusal: str | None = None  # why no more commands are taken; guarded by _gate
+        self._draining = False
+        self._error: BaseException | None = None
+        self._streams: dict[str, OutputStream] = {}  # of the engine's thread alone
+        # Tokenizers release the interpreter lock, so that a long prompt delays nobody else.
+        self._tokenizing = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="jaxllm-input")
+        self._thread = threading.Thread(target=self._run, name="jaxllm-engine", daemon=True)
+        self._thread.start()
+
+    # -- what consumers call, on an event loop ------------------------------------------------------
+
+    async def generate(
+        self,
+        prompt: Any,
+        sampling_params: SamplingParams,
+        request_id: str,
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> AsyncIterator[RequestOutput]:
+        """Yield the outputs of one request; leaving the iteration early aborts it.
+
+        Args:
+            prompt: text, token ids, `TextPrompt` or `TokensPrompt`.
+            request_id: unique among unfinished requests.
+            priority: lower is served first, under the `priority` policy.
+            cache_salt: shares cached prefixes only with requests of the same salt.
+
+        Raises:
+            InvalidRequestError: the request cannot be served as it stands.
+            EngineDeadError: the engine stopped, before or meanwhile.
+        """
+        processed = await self.process(
+            request_id, prompt, sampling_params, priority=priority, cache_salt=cache_salt
+        )
+        stream = self.submit(request_id, processed, sampling_params.output_kind)
+        try:
+            async for output in stream:
+                yield output
+        finally:
+            stream.close()
+
+    async def process(
+        self,
+        request_id: str,
+        prompt: Any,
+        sampling_params: SamplingParams,
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> ProcessedInput:
+        """Tokenize and validate a prompt, off the event loop, without submitting it."""
+        arrival_time = time.monotonic()
+        return await self.run_in_thread(
+            self.engine.input_processor.process,
+            request_id,
+            prompt,
+            sampling_params,
+            priority=priority,
+            arrival_time=arrival_time,
+            cache_salt=cache_salt,
+        )
+
+    def submit(
+        self, request_id: str, processed: ProcessedInput, output_kind: RequestOutputKind
+    ) -> OutputStream:
+        """Hand processed input to the engine; whoever stops reading the stream early must close it."""
+        stream = OutputStream(self, request_id, output_kind)
+
+        def run() -> None:
+            self.engine.submit(processed.requests, processed.prompt)
+            self._streams[request_id] = stream
+
+        self._send(_Command(run, functools.partial(self._fail_stream, stream)))
+        return stream
+
+    async def run_in_thread(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """Run tokenizer work (chat templates, encoding, validation) off the event loop."""
+        self._raise_if_refusing()
+        call = functools.partial(function, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, call)
+
+    async def call(self, function: Callable[[Engine], T]) -> T:
+        """Run something on the engine's thread between two steps, such as `reset_prefix_cache`."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function(self.engine))
+                except Exception as error:
+                    future.set_exception(error)
+
+        self._send(_Command(run, future.set_exception), new_work=False)
+        return await asyncio.wrap_future(future)
+
+    # -- what any thread may call -------------------------------------------------------------------
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """End requests with finish reason "abort"; unknown and finished ids are ignored."""
+        ids = list(request_ids)
+        with contextlib.suppress(EngineDeadError):  # The end of the engine ended every request.
+            self._send(_Command(lambda: self._abort(ids)), new_work=False)
+
+    def stats(self) -> EngineStats:
+        """What the engine counted so far; read it, do not change it."""
+        return self.engine.stats()
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether the engine failed."""
+        return self._error is not None
+
+    @property
+    def error(self) -> BaseException | None:
+        """What the engine failed with."""
+        return self._error
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether new requests are refused because the engine is about to stop."""
+        return self._draining
+
+    def start_draining(self) -> None:
+        """Refuse new requests from now on; those that run go on."""
+        self._draining = True
+
+    async def shutdown(self, *, drain: bool = True, timeout: float | None = None) -> bool:
+        """Stop the engine and its thread.
+
+        Args:
+            drain: let running requests finish first.
+            timeout: seconds to wait for them; None is as long as it takes. The rest is aborted.
+
+        Returns:
+            Whether every request had finished, so that none was aborted.
+        """
+        self.start_draining()
+        finished = await self.wait_until_idle(timeout if drain else 0.0)
+        # Joining waits for the step that runs now, which may take seconds for a long prompt.
+        await asyncio.get_running_loop().run_in_executor(None, self.stop)
+        return finished
+
+    async def wait_until_idle(self, timeout: float | None = None) -> bool:
+        """Wait until no request is unfinished; False when `timeout` seconds passed first."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while self._thread.is_alive():
+            try:
+                busy = await self.call(lambda engine: engine.has_unfinished_requests())
+            except EngineDeadError:
+                break
+            if not busy:
+                return True
+            if deadline is not None and time.monotonic() >= deadline:
+                return False
+            await asyncio.sleep(0.02)
+        return True
+
+    def stop(self) -> None:
+        """Abort what runs and end the thread; returns when it has ended."""
+        self._draining = True
+        with self._gate:
+            if self._refusal is None:
+                self._refusal = "the engine has been shut down"
+                self._inbox.put(None)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+        self._tokenizing.shutdown(wait=False, cancel_futures=True)
+
+    # -- commands -----------------------------------------------------------------------------------
+
+    def _send(self, command: _Command, *, new_work: bool = True) -> None:
+        with self._gate:
+            if new_work:
+                self._raise_if_refusing()
+            elif self._refusal is not None:
+                raise EngineDeadError(self._refusal)
+            self._inbox.put(command)
+
+    def _raise_if_refusing(self) -> None:
+        if self._refusal is not None:
+            raise EngineDeadError(self._refusal)
+        if self._draining:
+            raise EngineDeadError("the engine is shutting down and takes no new requests")
+
+    def _abort(self, request_ids: list[str]) -> None:
+        known = [request_id for request_id in request_ids if request_id in self._streams]
+        if known:
+            self._publish(self.engine.abort(known))
+            for request_id in known:
+                stream = self._streams.pop(request_id, None)
+                if stream is not None:
+                    self._post(stream._loop, stream._end)
+
+    # -- the engine's thread ------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while self._take_commands():
+                outputs = self.engine.step()
+                if outputs:
+                    self._publish(outputs)
+            self._abort(list(self._streams))
+        except BaseException as error:
+            self._die(error)
+
+    def _take_commands(self) -> bool:
+        """Run what is in the inbox, waiting for something while idle; False when told to stop."""
+        while True:
+            try:
+                command = self._inbox.get(block=not self.engine.has_unfinished_requests())
+            except queue.Empty:
+                return True
+            if command is None:
+                return False
+            try:
+                command.run()
+            except JaxLLMError as error:
+                command.fail(error)
+            except BaseException as error:
+                command.fail(error)
+                raise
+
+    def _publish(self, outputs: list[RequestOutput]) -> None:
+        """Pass outputs to the streams that wait for them, with one wake-up per event loop."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[OutputStream, RequestOutput]]] = {}
+        for output in outputs:
+            stream = self._streams.get(output.request_id)
+            if stream is None:
+                continue
+            if output.finished:
+                del self._streams[output.request_id]
+            by_loop.setdefault(stream._loop, []).append((stream, output))
+        for loop, deliveries in by_loop.items():
+            if not self._post(loop, _deliver, deliveries):
+                orphans = [s.request_id for s, output in deliveries if not output.finished]
+                self.engine.abort(orphans)
+                for request_id in orphans:
+                    self._streams.pop(request_id, None)
+
+    def _post(self, loop: asyncio.AbstractEventLoop, callback: Callable[..., None], *args: Any) -> bool:
+        """Call something on an event loop; False where the loop is gone, and its consumers with it."""
+        try:
+            loop.call_soon_threadsafe(callback, *args)
+        except RuntimeError:
+            return False
+        return True
+
+    def _die(self, error: BaseException) -> None:
+        logger.critical("The engine failed and takes no more requests.", exc_info=error)
+        reason = f"the engine stopped after an error: {type(error).__name__}: {error}"
+        with self._gate:
+            self._error = error
+            self._refusal = reason
+        # Nothing enters the inbox any more.
+        dead = EngineDeadError(reason)
+        dead.__cause__ = error
+        while True:
+            try:
+                command = self._inbox.get_nowait()
+            except queue.Empty:
+                break
+            if command is not None:
+                command.fail(dead)
+        for stream in self._streams.values():
+            self._fail_stream(stream, dead)
+        self._streams.clear()
+
+    def _fail_stream(self, stream: OutputStream, error: BaseException) -> None:
+        self._post(stream._loop, stream._fail, error)
+
+
+def _deliver(deliveries: list[tuple[OutputStream, RequestOutput]]) -> None:
+    for stream, output in deliveries:
+        stream._put(output)

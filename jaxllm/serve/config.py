@@ -1,0 +1,61 @@
+"""What the server itself is told, beside the engine's arguments; every field is a flag."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """Arguments of the HTTP server; flags are the field names with dashes.
+
+    Attributes:
+        host: address to listen on; None is every address.
+        uds: listen on this Unix socket instead of host and port.
+        uvicorn_log_level: log level of the HTTP server.
+        disable_uvicorn_access_log: log no line per HTTP request.
+        api_key: keys that /v1 routes demand as `Authorization: Bearer KEY`; none demands nothing.
+        allowed_origins: origins that browsers may call from; empty turns CORS off.
+        root_path: prefix under which a proxy serves this server.
+        served_model_name: names the API knows the model by, the first of them in responses.
+        chat_template: file with a Jinja template, or the template itself; None is the tokenizer's.
+        chat_template_content_format: whether a template gets message contents as strings or as lists of
+            parts; "auto" looks at the template.
+        trust_request_chat_template: let a request bring a template of its own.
+        response_role: role of the messages that the model writes.
+        return_tokens_as_token_ids: show tokens in logprobs as "token_id:N".
+        enable_prompt_tokens_details: report cached prompt tokens in `usage`.
+        enable_force_include_usage: send usage in every stream.
+        enable_log_requests: log each request's prompt and parameters.
+        max_log_len: characters of a prompt that are logged; None is all of them.
+        shutdown_timeout: seconds that running requests get to finish after Ctrl-C or SIGTERM.
+    """
+
+    host: str | None = None
+    port: int = 8000
+    uds: str | None = None
+    uvicorn_log_level: Literal["critical", "error", "warning", "info", "debug", "trace"] = "info"
+    disable_uvicorn_access_log: bool = False
+    api_key: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] = ()
+    allowed_methods: tuple[str, ...] = ("*",)
+    allowed_headers: tuple[str, ...] = ("*",)
+    allow_credentials: bool = False
+    ssl_keyfile: str | None = None
+    ssl_certfile: str | None = None
+    ssl_ca_certs: str | None = None
+    root_path: str = ""
+    enable_request_id_headers: bool = False
+    disable_fastapi_docs: bool = False
+    served_model_name: tuple[str, ...] = ()
+    chat_template: str | None = None
+    chat_template_content_format: Literal["auto", "string", "openai"] = "auto"
+    trust_request_chat_template: bool = False
+    response_role: str = "assistant"
+    return_tokens_as_token_ids: bool = False
+    enable_prompt_tokens_details: bool = False
+    enable_force_include_usage: bool = False
+    enable_log_requests: bool = False
+    max_log_len: int | None = None
+    shutdown_timeout: float = 30.0

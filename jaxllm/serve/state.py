@@ -1,0 +1,231 @@
+"""What the routes share: the engine, the names it is known by, and how requests are checked in."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.requests import Request as HTTPRequest
+
+from jaxllm.async_engine import AsyncEngine, OutputStream
+from jaxllm.errors import InvalidRequestError
+from jaxllm.input_processor import ProcessedInput
+from jaxllm.sampling_params import SamplingParams
+from jaxllm.serve.config import ServerConfig
+from jaxllm.serve.errors import NotFoundError
+from jaxllm.serve.protocol import GenerationRequest
+
+logger = logging.getLogger(__name__)
+
+MAX_REQUEST_ID = 256
+
+
+@dataclass(slots=True)
+class ServerState:
+    """One server.
+
+    Attributes:
+        model_names: names that requests may give; the first stands in responses.
+        chat_template: a Jinja template that goes before the tokenizer's, or None.
+        requests_in_progress: HTTP requests for generation that have not been answered in full.
+    """
+
+    engine: AsyncEngine
+    config: ServerConfig
+    model_names: tuple[str, ...]
+    chat_template: str | None = None
+    requests_in_progress: int = field(default=0)
+
+    @property
+    def max_model_len(self) -> int:
+        """Prompt and output tokens of a request, at most."""
+        limit = self.engine.engine.config.max_model_len
+        assert limit is not None  # Resolved by the engine.
+        return limit
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer, or an error that says why there is none."""
+        tokenizer = self.engine.engine.tokenizer
+        if tokenizer is None:
+            raise InvalidRequestError(
+                "This server runs without a tokenizer (--skip-tokenizer-init): send token ids as the"
+                " 'prompt' of /v1/completions.",
+            )
+        return tokenizer
+
+    def default_sampling_params(self) -> dict[str, Any]:
+        """Sampling parameters of the model's `generation_config.json`."""
+        return dict(self.engine.engine.input_processor.default_sampling_params)
+
+    def check_model(self, name: str | None) -> None:
+        """Refuse a model that is not served here; None is whichever is."""
+        if name is not None and name not in self.model_names:
+            served = ", ".join(f"'{n}'" for n in self.model_names)
+            raise NotFoundError(f"The model '{name}' does not exist; this server has {served}.", param="model")
+
+    def check_priority(self, priority: int) -> None:
+        """Refuse a priority that nothing would look at."""
+        if priority != 0 and self.engine.engine.config.scheduling_policy == "fcfs":
+            raise InvalidRequestError(
+                f"Field 'priority' is {priority}: this server schedules first come, first served; leave it"
+                " out, or start the server with --scheduling-policy priority.",
+                param="priority",
+            )
+
+    def public_id(self, prefix: str, body: GenerationRequest, http: HTTPRequest) -> str:
+        """The id that the client sees: its own where it sent one."""
+        own = http.headers.get("x-request-id")
+        if own is not None and not 0 < len(own) <= MAX_REQUEST_ID:
+            raise InvalidRequestError(
+                f"Header X-Request-Id has {len(own)} characters: 1 to {MAX_REQUEST_ID} are allowed.",
+                param="X-Request-Id",
+            )
+        return f"{prefix}-{own or body.request_id}"
+
+
+@dataclass(frozen=True, slots=True)
+class PromptInput:
+    """One prompt before it is tokenized.
+
+    Attributes:
+        text: the prompt as text, or None where the client sent token ids.
+        token_ids: these ids.
+        add_special_tokens: whether the tokenizer adds what the model expects around a text.
+    """
+
+    text: str | None = None
+    token_ids: list[int] | None = None
+    add_special_tokens: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One prompt that the engine works on.
+
+    Attributes:
+        prompt_token_ids: as computed, after truncation.
+        prompt_text: the prompt as text, or None where it came as ids or was truncated.
+    """
+
+    stream: OutputStream
+    prompt_token_ids: list[int]
+    prompt_text: str | None
+
+
+async def start_generations(
+    state: ServerState, body: GenerationRequest, prompts: Sequence[PromptInput], public_id: str
+) -> list[Generation]:
+    """Check every prompt, then submit them all; none is submitted when one is refused.
+
+    Raises:
+        InvalidRequestError: naming the field.
+        EngineDeadError: the engine failed or is shutting down.
+    """
+    state.check_priority(body.priority)
+    params = body.to_sampling_params(state.default_sampling_params())
+    # Clients choose their ids freely, also the same one twice at once.
+    unique = uuid.uuid4().hex[:8]
+    ids = [f"{public_id}-{unique}-{i}" for i in range(len(prompts))]
+    processed = await state.engine.run_in_thread(_process_all, state, body, prompts, params, ids)
+    if state.config.enable_log_requests:
+        for request_id, one in zip(ids, processed, strict=True):
+            log_request(request_id, one, params, state.config.max_log_len)
+    generations: list[Generation] = []
+    try:
+        for request_id, one in zip(ids, processed, strict=True):
+            stream = state.engine.submit(request_id, one, params.output_kind)
+            generations.append(Generation(stream, one.requests[0].prompt_token_ids, one.prompt))
+    except BaseException:
+        close_all(generations)
+        raise
+    return generations
+
+
+def close_all(generations: Sequence[Generation]) -> None:
+    """Abort what still runs of these."""
+    for generation in generations:
+        generation.stream.close()
+
+
+def log_request(request_id: str, processed: ProcessedInput, params: SamplingParams, limit: int | None) -> None:
+    """Write a request to the log, its prompt cut to `limit` characters (or token ids)."""
+    ids = processed.requests[0].prompt_token_ids
+    shown: Any = ids if processed.prompt is None else processed.prompt
+    logger.info(
+        "Request %s: %d prompt tokens, prompt %r, %s",
+        request_id,
+        len(ids),
+        shown if limit is None else shown[:limit],
+        params,
+    )
+
+
+def _process_all(
+    state: ServerState,
+    body: GenerationRequest,
+    prompts: Sequence[PromptInput],
+    params: SamplingParams,
+    request_ids: Sequence[str],
+) -> list[ProcessedInput]:
+    return [
+        _process(state, body, prompt, params, request_id)
+        for prompt, request_id in zip(prompts, request_ids, strict=True)
+    ]
+
+
+def _process(
+    state: ServerState, body: GenerationRequest, prompt: PromptInput, params: SamplingParams, request_id: str
+) -> ProcessedInput:
+    processed = state.engine.engine.input_processor.process(
+        request_id,
+        _engine_prompt(state, body, prompt),
+        params,
+        priority=body.priority,
+        cache_salt=body.cache_salt,
+    )
+    asked = body.output_limit()
+    given = {"max_tokens", "max_completion_tokens"} & body.model_fields_set
+    num_prompt_tokens = len(processed.requests[0].prompt_token_ids)
+    if asked is not None and given and num_prompt_tokens + asked > state.max_model_len:
+        raise InvalidRequestError(
+            f"This model's maximum context length is {state.max_model_len} tokens, and the request asks for"
+            f" {asked} output tokens after a prompt of {num_prompt_tokens}. Ask for at most"
+            f" {state.max_model_len - num_prompt_tokens}, or shorten the prompt.",
+            param="max_completion_tokens" if "max_completion_tokens" in given else "max_tokens",
+        )
+    return processed
+
+
+def _engine_prompt(state: ServerState, body: GenerationRequest, prompt: PromptInput) -> Any:
+    """The prompt as the engine takes it: text where nothing has to be done to it, token ids otherwise."""
+    truncation = body.truncate_prompt_tokens
+    token_ids = prompt.token_ids
+    if token_ids is None:
+        assert prompt.text is not None
+        if not prompt.text or (prompt.add_special_tokens and truncation is None):
+            return prompt.text  # An empty text is refused by the engine, in its own words.
+        token_ids = encode(state.tokenizer, prompt.text, add_special_tokens=prompt.add_special_tokens)
+    if truncation is not None:
+        limit = truncation
+        if truncation == -1:
+            limit = max(1, state.max_model_len - (body.output_limit() or 1))
+        if limit == 0:
+            raise InvalidRequestError(
+                "Field 'truncate_prompt_tokens' is 0: at least one token must stay; -1 keeps what fits.",
+                param="truncate_prompt_tokens",
+            )
+        if len(token_ids) > limit:
+            kept = token_ids[:limit] if body.truncation_side == "right" else token_ids[-limit:]
+            return {"prompt_token_ids": kept}
+    if prompt.text is None:
+        return {"prompt_token_ids": token_ids}
+    return {"prompt_token_ids": token_ids, "prompt": prompt.text}
+
+
+def encode(tokenizer: Any, text: str, *, add_special_tokens: bool) -> list[int]:
+    """Token ids of a text."""
+    return list(tokenizer.encode(text, add_special_tokens=add_special_tokens))
