@@ -1,0 +1,1 @@
+"""Text without JAX: tokenizers, chat templates, detokenization, stop strings."""
