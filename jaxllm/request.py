@@ -51,10 +51,13 @@ class Request:
         cache_salt: requests share cached pages only with requests of the same salt.
         group_id: common to the n sequences of one user request, which share prompt pages
             even where prefix caching is off; None where n is 1.
+        needs_host_tokens: whether the host must know every token before it can prepare the next step
+            (bad words, ...); such a request is never scheduled while a token is in flight.
         token_ids: prompt and output tokens known to the host, in order.
         num_pending_tokens: tokens sampled by steps still in flight, not yet in `token_ids`.
         num_computed_tokens: positions whose keys and values are in the cache, or will be once
             the steps in flight have run.
+        first_scheduled_time: when a plan first held it, in seconds of `time.monotonic()`; set by the engine.
         num_cached_tokens: prompt tokens found in the prefix cache at the first admission.
         pages: page ids holding positions [0, len(pages) * page_size), in order; while the
             request runs the list only grows.
@@ -70,6 +73,7 @@ class Request:
     priority: int = 0
     cache_salt: str | None = None
     group_id: str | None = None
+    needs_host_tokens: bool = False
 
     status: RequestStatus = RequestStatus.WAITING
     token_ids: list[int] = field(default_factory=list)
@@ -77,6 +81,7 @@ class Request:
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
     num_preemptions: int = 0
+    first_scheduled_time: float | None = None
     pages: list[int] = field(default_factory=list)
     stop_reason: int | str | None = None
 
