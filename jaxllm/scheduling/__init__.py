@@ -1,0 +1,37 @@
+"""What runs when, and in which pages: the scheduler, its policies and its page accounts. No JAX."""
+
+from __future__ import annotations
+
+from jaxllm.scheduling.block_pool import NULL_PAGE, BlockPool, IntegrityError
+from jaxllm.scheduling.plan import Plan, RequestUpdate, ScheduledRequest, StepResult, TokenLogprobs
+from jaxllm.scheduling.policy import (
+    BudgetSplit,
+    FirstComeFirstServed,
+    Priority,
+    RequestView,
+    SchedulingPolicy,
+    StepView,
+    load_policy,
+)
+from jaxllm.scheduling.prefix_cache import PageHasher
+from jaxllm.scheduling.scheduler import Scheduler
+
+__all__ = [
+    "NULL_PAGE",
+    "BlockPool",
+    "BudgetSplit",
+    "FirstComeFirstServed",
+    "IntegrityError",
+    "PageHasher",
+    "Plan",
+    "Priority",
+    "RequestUpdate",
+    "RequestView",
+    "ScheduledRequest",
+    "Scheduler",
+    "SchedulingPolicy",
+    "StepResult",
+    "StepView",
+    "TokenLogprobs",
+    "load_policy",
+]

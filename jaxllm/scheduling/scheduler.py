@@ -1,0 +1,625 @@
+"""Decides what each step computes, and keeps the accounts of requests and pages."""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import deque
+from collections.abc import Sequence
+from operator import attrgetter
+
+from jaxllm.config import SchedulerConfig
+from jaxllm.errors import ConfigError, InvalidRequestError
+from jaxllm.request import Request, RequestStatus
+from jaxllm.scheduling.block_pool import BlockPool, IntegrityError
+from jaxllm.scheduling.plan import Plan, RequestUpdate, ScheduledRequest, StepResult, TokenLogprobs
+from jaxllm.scheduling.policy import PolicyGuard, RequestView, SchedulingPolicy, StepView, load_policy
+from jaxllm.scheduling.prefix_cache import PageHasher
+from jaxllm.scheduling.sequence import ScheduledSequence, WaitingQueue
+
+_by_key = attrgetter("key")
+
+
+class _Step:
+    """A plan in the making.
+
+    Attributes:
+        num_tokens_left: what is left of the token budget.
+        scheduled: the plan's rows so far.
+        sequences: the sequence of each row.
+        computing: digests of the known pages that this plan computes, whole or in part.
+        num_reserved_pages: pages that running sequences still need for tokens that exist already.
+        preempted: whether somebody lost its pages for this plan.
+    """
+
+    __slots__ = (
+        "computing",
+        "num_reserved_pages",
+        "num_tokens_left",
+        "preempted",
+        "scheduled",
+        "sequences",
+    )
+
+    def __init__(self, num_tokens: int) -> None:
+        self.num_tokens_left = num_tokens
+        self.scheduled: list[ScheduledRequest] = []
+        self.sequences: list[ScheduledSequence] = []
+        self.computing: set[bytes] = set()
+        self.num_reserved_pages = 0
+        self.preempted = False
+
+
+class Scheduler:
+    """Continuous batching with one token budget per step and no phases.
+
+    Each request catches up from `num_computed_tokens` to `num_tokens`: chunks of a prompt, a prefix
+    found in the cache, a decoded token and a preempted request are all that same case. Running
+    requests are served first, then waiting ones, in the order of the policy's ranks. Where pages run
+    out, the policy picks a running request that loses its pages and is computed again later.
+
+    The order of service is total and the first in it is never preempted for another; a request that
+    can never fit is refused when it is added. So under a policy with fixed ranks every request ends.
+
+    Several plans may be outstanding. `schedule` advances a request's progress at once, and `apply`,
+    called in the order of the plans, brings the tokens. Pages of a request that ended are handed out
+    again even while a step in flight still writes to them: the device runs steps in order.
+
+    Not thread-safe: one thread calls everything.
+
+    Args:
+        config: the limits to work within.
+        policy: the order of service; by default the one that `config.policy` names.
+
+    Raises:
+        ConfigError: the limits contradict each other, or there is no such policy.
+    """
+
+    def __init__(self, config: SchedulerConfig, policy: SchedulingPolicy | None = None) -> None:
+        _check_config(config)
+        self.config = config
+        self._policy = PolicyGuard(policy if policy is not None else load_policy(config.policy))
+        self._pool = BlockPool(config.num_pages, keep_freed=config.enable_prefix_caching)
+        self._page_size = config.page_size
+        self._sequences: dict[str, ScheduledSequence] = {}
+        self._running: list[ScheduledSequence] = []  # sorted by key
+        self._waiting = WaitingQueue()
+        self._released: list[Request] = []
+        self._in_flight: deque[tuple[Plan, list[ScheduledSequence]]] = deque()
+        self._next_step_id = 0
+        self._next_order = 0
+        self.num_preemptions = 0
+        """Times that a request lost its pages, so far."""
+        self.prefix_cache_queries = 0
+        """Tokens of the requests that were looked up in the prefix cache, so far."""
+        self.prefix_cache_hits = 0
+        """Tokens of them that were found, so far."""
+
+    # What there is
+
+    @property
+    def waiting(self) -> list[Request]:
+        """Requests that hold no pages, in order of service."""
+        return [sequence.request for sequence in self._waiting]
+
+    @property
+    def running(self) -> list[Request]:
+        """Requests that hold pages, in order of service."""
+        return [sequence.request for sequence in self._running]
+
+    @property
+    def num_waiting(self) -> int:
+        """How many requests wait."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """How many requests run."""
+        return len(self._running)
+
+    @property
+    def num_free_pages(self) -> int:
+        """Pages that could be handed out now."""
+        return self._pool.num_free_pages
+
+    @property
+    def kv_cache_usage(self) -> float:
+        """Fraction of the pages that requests hold, 0 to 1."""
+        return 1.0 - self._pool.num_free_pages / self._pool.num_usable_pages
+
+    def has_unfinished(self) -> bool:
+        """Whether any request has not ended."""
+        return bool(self._sequences)
+
+    # Requests come and go
+
+    def add(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            InvalidRequestError: its id is taken, its prompt is empty or too long, or it needs more
+                pages than there are.
+        """
+        max_length = self._check_request(request)
+        # Without prefix caching, the sequences of one user request still share its prompt.
+        group = None if self.config.enable_prefix_caching else request.group_id
+        params = request.sampling_params
+        hasher = None
+        if self.config.enable_prefix_caching or group is not None:
+            hasher = PageHasher(self._page_size, (request.cache_salt, group))
+        reads_cache = (
+            hasher is not None and params.prompt_logprobs is None and not params.skip_reading_prefix_cache
+        )
+        sequence = ScheduledSequence(
+            request,
+            order=self._next_order,
+            max_length=max_length,
+            hasher=hasher,
+            reads_cache=reads_cache,
+            overlaps=self.config.reschedule_in_flight and not request.needs_host_tokens,
+        )
+        self._next_order += 1
+        self._sequences[request.request_id] = sequence
+        self._enqueue(sequence)
+
+    def _check_request(self, request: Request) -> int:
+        """Length at which the request ends, if it can be served."""
+        if request.request_id in self._sequences:
+            raise InvalidRequestError(
+                f"request_id {request.request_id!r} is taken by a request that has not finished; "
+                "choose another.",
+                param="request_id",
+            )
+        if request.status is not RequestStatus.WAITING:
+            raise InvalidRequestError(
+                f"Request {request.request_id!r} has been served before (it is {request.status.name}); "
+                "make a new one."
+            )
+        num_prompt_tokens, limit = request.num_prompt_tokens, self.config.max_model_len
+        if not 1 <= num_prompt_tokens < limit:
+            raise InvalidRequestError(
+                f"The prompt has {num_prompt_tokens} tokens; from 1 to {limit - 1} are allowed, as "
+                f"max_model_len is {limit} and one token has to be generated.",
+                param="prompt",
+            )
+        if request.max_tokens < 1:
+            raise InvalidRequestError(
+                f"max_tokens is {request.max_tokens}; at least 1 is needed.", param="max_tokens"
+            )
+        max_length = min(num_prompt_tokens + request.max_tokens, limit)
+        # The last token is sampled, and never computed.
+        num_pages = _ceil_div(max_length - 1, self._page_size)
+        if num_pages > self._pool.num_usable_pages:
+            raise InvalidRequestError(
+                f"{num_prompt_tokens} prompt tokens and {max_length - num_prompt_tokens} output tokens "
+                f"need {num_pages} KV pages of {self._page_size} tokens, and the cache has "
+                f"{self._pool.num_usable_pages}. Lower max_tokens, shorten the prompt, or give the KV "
+                "cache more memory.",
+                param="max_tokens",
+            )
+        return max_length
+
+    def finish(self, request: Request, status: RequestStatus, stop_reason: int | str | None = None) -> None:
+        """End a request from outside: aborted, a stop string found, an error.
+
+        Tokens that steps in flight still bring for it are ignored. Does nothing if it has ended.
+
+        Raises:
+            ValueError: `status` is no end, or the request was never added.
+        """
+        if not status.is_finished:
+            raise ValueError(f"finish() needs a FINISHED_* status, not {status}")
+        if request.status.is_finished:
+            return
+        sequence = self._sequences.get(request.request_id)
+        if sequence is None or sequence.request is not request:
+            raise ValueError(f"request {request.request_id!r} was never added to this scheduler")
+        self._finish(sequence, status, stop_reason)
+
+    def _finish(
+        self, sequence: ScheduledSequence, status: RequestStatus, stop_reason: int | str | None
+    ) -> None:
+        request = sequence.request
+        sequence.finished = True
+        if request.status is RequestStatus.RUNNING:
+            self._running.remove(sequence)
+            self._release(sequence)
+        else:
+            self._waiting.discard_finished()
+        del self._sequences[request.request_id]
+        request.num_pending_tokens = 0
+        request.status = status
+        request.stop_reason = stop_reason
+
+    def _release(self, sequence: ScheduledSequence) -> None:
+        """Take the pages of a sequence that stops running."""
+        request = sequence.request
+        self._pool.free(request.pages)
+        request.pages = []
+        self._released.append(request)
+
+    def _preempt(self, sequence: ScheduledSequence) -> None:
+        request = sequence.request
+        self._running.remove(sequence)
+        self._release(sequence)
+        request.status = RequestStatus.PREEMPTED
+        request.num_computed_tokens = 0
+        request.num_preemptions += 1
+        self.num_preemptions += 1
+        self._enqueue(sequence)
+
+    def _enqueue(self, sequence: ScheduledSequence) -> None:
+        sequence.key = (self._policy.rank(sequence.view), sequence.order)
+        self._waiting.push(sequence)
+
+    # Planning a step
+
+    def schedule(self) -> Plan | None:
+        """The next step's work, or None where nothing can be computed before a plan is applied."""
+        if self._policy.dynamic_ranks or self._policy.stale:
+            self._renew_ranks()
+        num_tokens = self.config.max_num_batched_tokens
+        step = _Step(num_tokens)
+        split = self._policy.split_budget(StepView(num_tokens, self._view_running, self._view_waiting))
+        self._schedule_running(step, split.running)
+        # Whoever has just lost its pages would take them back.
+        if not step.preempted:
+            self._schedule_waiting(step, split.waiting)
+        if not step.scheduled and (step.preempted or min(split) < num_tokens):
+            # The policy's choices left nothing to do; what can be done is done all the same.
+            self._schedule_running(step, num_tokens)
+            self._schedule_waiting(step, num_tokens)
+        if not step.scheduled:
+            return None
+        for sequence in step.sequences:
+            self._register_pages(sequence)
+        plan = Plan(
+            step_id=self._next_step_id,
+            scheduled=tuple(step.scheduled),
+            released=tuple(self._released),
+            num_tokens=num_tokens - step.num_tokens_left,
+        )
+        self._next_step_id += 1
+        self._released.clear()
+        self._in_flight.append((plan, step.sequences))
+        return plan
+
+    def _renew_ranks(self) -> None:
+        self._policy.stale = False
+        for sequence in self._sequences.values():
+            sequence.key = (self._policy.rank(sequence.view), sequence.order)
+        self._running.sort(key=_by_key)
+        self._waiting.rebuild(list(self._waiting))
+
+    def _view_running(self) -> Sequence[RequestView]:
+        return tuple(sequence.view for sequence in self._running)
+
+    def _view_waiting(self) -> Sequence[RequestView]:
+        return tuple(sequence.view for sequence in self._waiting)
+
+    def _schedule_running(self, step: _Step, limit: int) -> None:
+        """Give running sequences up to `limit` tokens of the step."""
+        running = self._running
+        index = 0
+        while index < len(running) and step.num_tokens_left > 0 and limit > 0:
+            sequence = running[index]
+            num_tokens = sequence.num_tokens_to_compute()
+            if num_tokens > 1:
+                # A long prompt leaves a token for everybody behind it.
+                available = min(limit, step.num_tokens_left) - (len(running) - 1 - index)
+                num_tokens = self._chunk(num_tokens, max(available, 1))
+            if num_tokens == 0:
+                index += 1
+            elif self._make_room(step, index, num_tokens):
+                self._take(step, sequence, num_tokens)
+                limit -= num_tokens
+                index += 1
+
+    def _make_room(self, step: _Step, index: int, num_tokens: int) -> bool:
+        """Give the running sequence at `index` the pages for `num_tokens` more tokens.
+
+        Sequences from `index` on may lose theirs for it. False if the sequence itself did.
+        """
+        request = self._running[index].request
+        num_positions = request.num_computed_tokens + num_tokens
+        if num_positions <= len(request.pages) * self._page_size:
+            return True
+        num_pages = _ceil_div(num_positions, self._page_size) - len(request.pages)
+        while num_pages > self._pool.num_free_pages:
+            candidates = self._running[index:]
+            victim = candidates[self._policy.choose_victim([c.view for c in candidates])]
+            self._preempt(victim)
+            step.preempted = True
+            if victim.request is request:
+                return False
+        request.pages.extend(self._pool.allocate(num_pages))
+        return True
+
+    def _schedule_waiting(self, step: _Step, limit: int) -> None:
+        """Start waiting sequences with up to `limit` tokens of the step."""
+        held: list[ScheduledSequence] = []
+        # A sequence that is held back keeps its seat; nobody overtakes one that lacks tokens or pages.
+        while (
+            limit > 0
+            and step.num_tokens_left > 0
+            and len(self._running) + len(held) < self.config.max_num_seqs
+            and (sequence := self._waiting.pop()) is not None
+        ):
+            if sequence.request.num_pending_tokens:
+                held.append(sequence)
+                continue
+            digests = self._wanted_digests(sequence)
+            pages = self._pool.find_prefix(digests)
+            if self._awaits_page(sequence, digests[len(pages) :], len(pages), step.computing):
+                held.append(sequence)
+                continue
+            num_tokens = sequence.num_tokens_to_compute() - len(pages) * self._page_size
+            num_tokens = self._chunk(num_tokens, min(limit, step.num_tokens_left))
+            if num_tokens == 0 or not self._fits(sequence.request, pages, step.num_reserved_pages):
+                held.append(sequence)
+                break
+            self._admit(sequence, pages, num_tokens)
+            self._take(step, sequence, num_tokens)
+            limit -= num_tokens
+        for sequence in held:
+            self._waiting.push(sequence)
+
+    def _chunk(self, num_tokens: int, available: int) -> int:
+        """How many of `num_tokens` to compute where `available` are left of the budget."""
+        if not self.config.enable_chunked_prefill:
+            return num_tokens if num_tokens <= available else 0
+        threshold = self.config.long_prefill_token_threshold
+        if threshold:
+            available = min(available, threshold)
+        return min(num_tokens, available)
+
+    def _wanted_digests(self, sequence: ScheduledSequence) -> list[bytes]:
+        """Digests of the pages that a waiting sequence may take from the prefix cache.
+
+        Its last token is computed in any case, for the logits that follow it.
+        """
+        if sequence.hasher is None:
+            return []
+        sequence.hasher.extend(sequence.request.token_ids)
+        if not sequence.reads_cache:
+            return []
+        return sequence.hasher.digests[: (len(sequence.request.token_ids) - 1) // self._page_size]
+
+    def _awaits_page(
+        self, sequence: ScheduledSequence, missing: list[bytes], num_found: int, computing: set[bytes]
+    ) -> bool:
+        """Whether the first page that a waiting sequence did not find is about to be there.
+
+        A page takes at most as many plans as it has tokens; then the sequence computes it itself.
+        """
+        if not missing or missing[0] not in computing:
+            return False
+        if num_found > sequence.num_held_pages:
+            sequence.num_held_pages, sequence.num_holds = num_found, 0
+        sequence.num_holds += 1
+        return sequence.num_holds <= self._page_size
+
+    def _fits(self, request: Request, found: list[int], num_reserved: int) -> bool:
+        """Whether there are pages for all tokens that the request has, beside those promised to others."""
+        num_pages = _ceil_div(len(request.token_ids), self._page_size) - len(found)
+        return num_pages + self._pool.count_unowned(found) + num_reserved <= self._pool.num_free_pages
+
+    def _admit(self, sequence: ScheduledSequence, found: list[int], num_tokens: int) -> None:
+        """Let a waiting sequence run, with the pages found for it and new ones for `num_tokens`."""
+        request = sequence.request
+        num_found = len(found) * self._page_size
+        self._pool.share(found)
+        num_pages = _ceil_div(num_found + num_tokens, self._page_size) - len(found)
+        request.pages = found + self._pool.allocate(num_pages)
+        request.num_computed_tokens = num_found
+        sequence.num_registered_pages = len(found)
+        sequence.num_held_pages = sequence.num_holds = 0
+        if request.status is RequestStatus.WAITING:
+            request.num_cached_tokens = num_found
+            if sequence.reads_cache:
+                self.prefix_cache_queries += len(request.token_ids)
+                self.prefix_cache_hits += num_found
+        request.status = RequestStatus.RUNNING
+        insort(self._running, sequence, key=_by_key)
+
+    def _take(self, step: _Step, sequence: ScheduledSequence, num_tokens: int) -> None:
+        """Put the next `num_tokens` of a running sequence, which has the pages, into the plan."""
+        request = sequence.request
+        start = request.num_computed_tokens
+        end = start + num_tokens
+        num_existing = len(request.token_ids) + request.num_pending_tokens
+        samples = end == num_existing
+        request.num_computed_tokens = end
+        if samples:
+            request.num_pending_tokens += 1
+        else:
+            step.num_reserved_pages += _ceil_div(num_existing, self._page_size) - len(request.pages)
+        step.num_tokens_left -= num_tokens
+        step.scheduled.append(ScheduledRequest(request, start, num_tokens, samples))
+        step.sequences.append(sequence)
+        if sequence.hasher is not None:
+            size = self._page_size
+            known = sequence.hasher.digests[start // size : _ceil_div(end, size)]
+            step.computing.update(known)
+
+    def _register_pages(self, sequence: ScheduledSequence) -> None:
+        """Let later plans find the full pages whose tokens the host knows."""
+        hasher = sequence.hasher
+        if hasher is None:
+            return
+        request = sequence.request
+        num_known = min(request.num_computed_tokens, len(request.token_ids))
+        first, last = sequence.num_registered_pages, num_known // self._page_size
+        if first >= last:
+            return
+        hasher.extend(request.token_ids)
+        for index in range(first, last):
+            self._pool.register(request.pages[index], hasher.digests[index])
+        sequence.num_registered_pages = last
+
+    # Taking in a step's result
+
+    def apply(self, plan: Plan, result: StepResult) -> list[RequestUpdate]:
+        """Append what a step sampled, and end the requests that are done.
+
+        Args:
+            plan: the oldest outstanding plan.
+            result: what the device returned for it.
+
+        Returns:
+            In the plan's order, one update for each request that got tokens or prompt logprobs.
+
+        Raises:
+            ValueError: plans are applied out of order, or the result does not match the plan.
+        """
+        if not self._in_flight or self._in_flight[0][0] is not plan:
+            raise ValueError(f"plan {plan.step_id} is not the oldest outstanding one")
+        _check_result(plan, result)
+        _, sequences = self._in_flight.popleft()
+        updates = []
+        for row, (sequence, entry) in enumerate(zip(sequences, plan.scheduled, strict=True)):
+            if sequence.finished:
+                continue
+            new_token_ids = self._append(sequence, result.token_ids[row]) if entry.samples else []
+            prompt_logprobs = _new_prompt_logprobs(sequence, entry, result.prompt_logprobs.get(row))
+            if new_token_ids or prompt_logprobs:
+                logprobs = result.logprobs[row]
+                if logprobs is not None:
+                    logprobs = logprobs[: len(new_token_ids)]
+                updates.append(RequestUpdate(entry.request, new_token_ids, logprobs, prompt_logprobs))
+        return updates
+
+    def _append(self, sequence: ScheduledSequence, token_ids: list[int]) -> list[int]:
+        """Append sampled tokens up to the first that ends the request; returns those appended."""
+        request = sequence.request
+        request.num_pending_tokens -= 1
+        for count, token_id in enumerate(token_ids, start=1):
+            request.token_ids.append(token_id)
+            end = sequence.stops.check()
+            if end is not None:
+                self._register_pages(sequence)
+                self._finish(sequence, *end)
+                return token_ids[:count]
+        self._register_pages(sequence)
+        return token_ids
+
+    # Housekeeping
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached content; False, and nothing happens, while any request holds pages."""
+        return self._pool.reset()
+
+    def check_integrity(self) -> None:
+        """Check every account against every other; takes time in proportion to the whole cache.
+
+        Every page is blank, cached or owned, every request is in exactly one place, and progress and
+        pages fit together.
+
+        Raises:
+            IntegrityError: saying what is wrong.
+        """
+        running, waiting = self._running, list(self._waiting)
+        self._pool.check_integrity([sequence.request.pages for sequence in running])
+        if sorted(running, key=_by_key) != running:
+            raise IntegrityError("the running requests are out of order")
+        if len(waiting) != len(self._waiting):
+            raise IntegrityError(f"{len(self._waiting)} requests are said to wait, {len(waiting)} do")
+        places = [sequence.request.request_id for sequence in (*running, *waiting)]
+        if sorted(places) != sorted(self._sequences):
+            raise IntegrityError(f"requests {sorted(self._sequences)} are in these places: {sorted(places)}")
+        if len(running) > self.config.max_num_seqs:
+            raise IntegrityError(f"{len(running)} requests run, {self.config.max_num_seqs} may")
+        for sequence in running:
+            self._check_progress(sequence)
+        for sequence in waiting:
+            request = sequence.request
+            if request.pages or request.num_computed_tokens or request.status is RequestStatus.RUNNING:
+                raise IntegrityError(f"{request.request_id!r} waits, but has pages, progress or runs")
+
+    def _check_progress(self, sequence: ScheduledSequence) -> None:
+        request = sequence.request
+        name = repr(request.request_id)
+        if request.status is not RequestStatus.RUNNING:
+            raise IntegrityError(f"{name} is among the running requests as {request.status}")
+        if not 0 < request.num_computed_tokens <= request.num_tokens <= sequence.max_length:
+            raise IntegrityError(
+                f"{name}: computed {request.num_computed_tokens}, existing {request.num_tokens} and most "
+                f"{sequence.max_length} tokens must be in this order"
+            )
+        if len(request.pages) != _ceil_div(request.num_computed_tokens, self._page_size):
+            raise IntegrityError(
+                f"{name} has {len(request.pages)} pages for {request.num_computed_tokens} tokens"
+            )
+        in_flight = sum(
+            entry.samples
+            for plan, sequences in self._in_flight
+            for owner, entry in zip(sequences, plan.scheduled, strict=True)
+            if owner is sequence
+        )
+        if in_flight != request.num_pending_tokens:
+            raise IntegrityError(
+                f"{name} counts {request.num_pending_tokens} pending tokens; plans hold {in_flight}"
+            )
+
+
+def _ceil_div(numerator: int, denominator: int) -> int:
+    return -(-numerator // denominator)
+
+
+def _check_config(config: SchedulerConfig) -> None:
+    for name in ("max_num_seqs", "max_num_batched_tokens", "page_size"):
+        value = getattr(config, name)
+        if value < 1:
+            raise ConfigError(f"{name} is {value}; it must be at least 1.", param=name)
+    if config.max_model_len < 2:
+        raise ConfigError(
+            f"max_model_len is {config.max_model_len}; it must be at least 2, for a prompt token and an "
+            "output token.",
+            param="max_model_len",
+        )
+    threshold = config.long_prefill_token_threshold
+    if threshold < 0:
+        raise ConfigError(
+            f"long_prefill_token_threshold is {threshold}; it must be at least 0, which is no limit.",
+            param="long_prefill_token_threshold",
+        )
+    if config.enable_chunked_prefill:
+        return
+    if threshold:
+        raise ConfigError(
+            f"long_prefill_token_threshold is {threshold}, which cuts prompts into chunks, but "
+            "enable_chunked_prefill is False; set one of them back.",
+            param="long_prefill_token_threshold",
+        )
+    if config.max_num_batched_tokens < config.max_model_len:
+        raise ConfigError(
+            f"max_num_batched_tokens is {config.max_num_batched_tokens}; without chunked prefill it must "
+            f"be at least max_model_len, {config.max_model_len}.",
+            param="max_num_batched_tokens",
+        )
+
+
+def _check_result(plan: Plan, result: StepResult) -> None:
+    rows = len(plan.scheduled)
+    if len(result.token_ids) != rows or len(result.logprobs) != rows:
+        raise ValueError(
+            f"plan {plan.step_id} has {rows} rows, its result {len(result.token_ids)} rows of tokens and "
+            f"{len(result.logprobs)} of logprobs"
+        )
+    for entry, token_ids in zip(plan.scheduled, result.token_ids, strict=True):
+        if entry.samples and not token_ids:
+            raise ValueError(f"plan {plan.step_id} samples {entry.request.request_id!r}, its result does not")
+
+
+def _new_prompt_logprobs(
+    sequence: ScheduledSequence, entry: ScheduledRequest, logprobs: list[TokenLogprobs] | None
+) -> list[TokenLogprobs] | None:
+    """Those of `logprobs`, for positions from `entry.start + 1`, that were not delivered before.
+
+    A request that was preempted computes some of them twice.
+    """
+    if not logprobs:
+        return None
+    first = entry.start + 1
+    new = logprobs[max(sequence.next_prompt_logprob - first, 0) :]
+    sequence.next_prompt_logprob = max(sequence.next_prompt_logprob, first + len(logprobs))
+    return new or None

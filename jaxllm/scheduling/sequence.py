@@ -1,0 +1,124 @@
+"""The scheduler's own notes on the requests that it has, and the queue of those that wait."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from heapq import heapify, heappop, heappush
+
+from jaxllm.request import Request
+from jaxllm.scheduling.policy import RequestView
+from jaxllm.scheduling.prefix_cache import PageHasher
+from jaxllm.scheduling.stops import StopChecker
+
+
+class ScheduledSequence:
+    """What the scheduler keeps beside one unfinished request.
+
+    Args:
+        request: the request.
+        order: counts up over the requests that were added.
+        max_length: prompt and output tokens at which the request ends.
+        hasher: names its pages, or None where its pages are not shared.
+        reads_cache: whether it may take pages that are computed already.
+        overlaps: whether it may be scheduled while its newest token is still in flight.
+
+    Attributes:
+        view: the request as the policy sees it.
+        key: place in the order of service: the policy's rank, then `order`.
+        num_registered_pages: how many of the request's pages, from the first, were made findable.
+        next_prompt_logprob: first prompt position whose logprobs were not delivered yet.
+        num_holds: plans in which it was held back for a page that somebody else computes, since it
+            last found more pages than `num_held_pages`.
+        finished: whether the request has ended, here or by its user.
+    """
+
+    __slots__ = (
+        "finished",
+        "hasher",
+        "key",
+        "max_length",
+        "next_prompt_logprob",
+        "num_held_pages",
+        "num_holds",
+        "num_registered_pages",
+        "order",
+        "overlaps",
+        "reads_cache",
+        "request",
+        "stops",
+        "view",
+    )
+
+    def __init__(
+        self,
+        request: Request,
+        *,
+        order: int,
+        max_length: int,
+        hasher: PageHasher | None,
+        reads_cache: bool,
+        overlaps: bool,
+    ) -> None:
+        self.request = request
+        self.order = order
+        self.max_length = max_length
+        self.hasher = hasher
+        self.reads_cache = reads_cache
+        self.overlaps = overlaps
+        self.view = RequestView(request)
+        self.stops = StopChecker(request, max_length)
+        self.key: tuple[tuple[float, ...], int] = ((), order)
+        self.num_registered_pages = 0
+        self.next_prompt_logprob = 1
+        self.num_held_pages = 0
+        self.num_holds = 0
+        self.finished = False
+
+    def num_tokens_to_compute(self) -> int:
+        """Tokens that exist and are neither computed nor scheduled, as far as they may be now."""
+        request = self.request
+        num_pending = request.num_pending_tokens
+        num_tokens = len(request.token_ids) + num_pending
+        if num_tokens >= self.max_length or (num_pending and not self.overlaps):
+            return 0
+        return num_tokens - request.num_computed_tokens
+
+
+class WaitingQueue:
+    """Waiting sequences, in order of `key`. A finished one is dropped when it is come across."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[tuple[tuple[float, ...], int], ScheduledSequence]] = []
+        self._num_finished = 0
+
+    def __len__(self) -> int:
+        return len(self._heap) - self._num_finished
+
+    def __iter__(self) -> Iterator[ScheduledSequence]:
+        """The sequences in order; takes the time to sort them."""
+        return iter([entry[1] for entry in sorted(self._heap) if not entry[1].finished])
+
+    def push(self, sequence: ScheduledSequence) -> None:
+        """Put a sequence in at its place."""
+        heappush(self._heap, (sequence.key, sequence))
+
+    def pop(self) -> ScheduledSequence | None:
+        """Take out the first sequence; None where nobody waits."""
+        while self._heap:
+            sequence = heappop(self._heap)[1]
+            if not sequence.finished:
+                return sequence
+            self._num_finished -= 1
+        return None
+
+    def discard_finished(self) -> None:
+        """Say that one sequence in the queue has just finished."""
+        self._num_finished += 1
+        if self._num_finished > len(self._heap) // 2:
+            self.rebuild(entry[1] for entry in self._heap if not entry[1].finished)
+
+    def rebuild(self, sequences: Iterable[ScheduledSequence]) -> None:
+        """Hold these sequences and no others, whose keys may have changed."""
+        self._heap = [(sequence.key, sequence) for sequence in sequences]
+        heapify(self._heap)
+        self._num_finished = 0
