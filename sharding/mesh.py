@@ -40,8 +40,8 @@ def make_mesh(
     if needed > len(available):
         raise ShardingError(
             f"a mesh of data={data} x pipe={pipe} x tensor={tensor} needs {needed} devices, and there are "
-            f"{len(available)} ({available[0].platform if available else 'none'}); make an axis smaller. On a "
-            f"CPU, XLA_FLAGS=--xla_force_host_platform_device_count={needed} simulates that many"
+            f"{len(available)} ({available[0].platform if available else 'none'}); make an axis smaller. On "
+            f"a CPU, XLA_FLAGS=--xla_force_host_platform_device_count={needed} simulates that many"
         )
     if devices is not None and len(available) > needed:
         raise ShardingError(

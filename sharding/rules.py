@@ -50,8 +50,8 @@ def partition_spec(
         if mesh_axis is not None and mesh_axis in mesh_axes:
             other = mesh_axes.index(mesh_axis)
             raise ShardingError(
-                f"{name}: dimensions {other} ({axes[other]!r}) and {dimension} ({axis!r}) would both be split "
-                f"over the mesh axis {mesh_axis!r}; an array can use a mesh axis once"
+                f"{name}: dimensions {other} ({axes[other]!r}) and {dimension} ({axis!r}) would both be "
+                f"split over the mesh axis {mesh_axis!r}; an array can use a mesh axis once"
             )
         mesh_axes.append(mesh_axis)
     return PartitionSpec(*mesh_axes)
@@ -90,8 +90,8 @@ def named_sharding(
             split.append(None)
         elif size % shards:
             raise ShardingError(
-                f"{name}: the axis {axis!r} of size {size} does not divide by the {shards} shards of the mesh "
-                f"axis {mesh_axis!r}; choose a size of {mesh_axis!r} that divides {size}"
+                f"{name}: the axis {axis!r} of size {size} does not divide by the {shards} shards of the "
+                f"mesh axis {mesh_axis!r}; choose a size of {mesh_axis!r} that divides {size}"
             )
         else:
             split.append(mesh_axis)

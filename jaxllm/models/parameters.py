@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import jax
+import numpy as np
+
+# Part of an array: start and stop in each dimension.
+Region = tuple[tuple[int, int], ...]
 
 # A parameter that exists once, or a per-layer one: stacked [layers, ...], or one array for each layer.
 Parameters = dict[str, jax.Array | list[jax.Array]]
@@ -29,3 +34,10 @@ class ParameterSpec:
     def size(self) -> int:
         """Elements, all layers together."""
         return math.prod(self.shape) * (1 if self.num_layers is None else self.num_layers)
+
+
+class WeightSource(Protocol):
+    """Something that weights are read from."""
+
+    def read(self, parameter: str, layer: int | None, region: Region, out: np.ndarray) -> None:
+        """Fills `out`, of the region's shape, with a region of one parameter (of one layer)."""
