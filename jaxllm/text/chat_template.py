@@ -268,7 +268,7 @@ def _check_continuable(conversation: list[dict[str, Any]]) -> None:
         )
 
 
-def _plain_list(name: str, value: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]] | None:
+def _plain_list(name: str, value: Any) -> list[dict[str, Any]] | None:
     if value is None:
         return None
     if (
