@@ -11,10 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from jaxllm.outputs import Logprob
-from jaxllm.sampling_params import BeamSearchParams
+from jaxllm.config import EngineConfig
+from jaxllm.errors import InvalidRequestError
+from jaxllm.outputs import Logprob, RequestOutput
+from jaxllm.sampling_params import BeamSearchParams, SamplingParams
 
 Candidates = dict[int, Logprob]
 """What may follow a beam: token ids with their log-probabilities, most probable first."""
@@ -164,3 +166,51 @@ def beam_search(
             search.extend([next(candidates) for _ in search.beams])
         on_step()
     return [search.result() for search in searches]
+
+
+def one_token_params(params: BeamSearchParams, config: EngineConfig, vocab_size: int) -> SamplingParams:
+    """What the request for a beam's next token asks for.
+
+    Raises:
+        InvalidRequestError: the engine does not return as many log-probabilities as the beams need.
+    """
+    if not isinstance(params, BeamSearchParams):
+        raise InvalidRequestError(
+            f"params must be a BeamSearchParams; got {type(params).__name__}.", param="params"
+        )
+    params.verify()
+    needed = min(2 * params.beam_width, vocab_size)
+    if config.max_logprobs != -1 and needed > config.max_logprobs:
+        raise InvalidRequestError(
+            f"beam_width={params.beam_width} needs {needed} log-probabilities a token, and this engine "
+            f"returns {config.max_logprobs}; narrow the beam, or start it with max_logprobs={needed}.",
+            param="beam_width",
+        )
+    if config.logprobs_mode.endswith("logits"):
+        raise InvalidRequestError(
+            f"beam search sums log-probabilities, and logprobs_mode={config.logprobs_mode!r} returns logits; "
+            'start the engine with logprobs_mode="raw_logprobs".'
+        )
+    return SamplingParams(max_tokens=1, logprobs=needed, temperature=params.temperature, detokenize=False)
+
+
+def candidates_of(output: RequestOutput, params: SamplingParams) -> Candidates:
+    """What may follow the beam whose next token was asked for, without a sampled token further down."""
+    if output.error is not None or not output.outputs[0].logprobs:
+        raise RuntimeError(
+            f"A step of the beam search failed: {output.error or output.outputs[0].finish_reason}"
+        )
+    ranked = sorted(output.outputs[0].logprobs[0].items(), key=lambda item: item[1].logprob, reverse=True)
+    return dict(ranked[: params.logprobs])
+
+
+def fill_in_text(outputs: Sequence[BeamSearchOutput], params: BeamSearchParams, tokenizer: Any) -> None:
+    """Decode the sequences found."""
+    if tokenizer is None:
+        return
+    for sequence in (sequence for output in outputs for sequence in output.sequences):
+        drop_last = sequence.finish_reason == "stop" and not params.include_stop_str_in_output
+        sequence.text = tokenizer.decode(
+            sequence.tokens[:-1] if drop_last else sequence.tokens,
+            skip_special_tokens=params.skip_special_tokens,
+        )

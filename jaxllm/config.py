@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import difflib
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
+
+from jaxllm.errors import ConfigError, UnsupportedError
+
+logger = logging.getLogger(__name__)
 
 DEMO_MODEL = "demo"
 
@@ -68,7 +76,9 @@ class EngineConfig:
     override_generation_config: dict[str, Any] = field(default_factory=dict)
     max_model_len: int | None = None
     max_logprobs: int = 20
-    logprobs_mode: Literal["raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits"] = "raw_logprobs"
+    logprobs_mode: Literal["raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits"] = (
+        "raw_logprobs"
+    )
     disable_sliding_window: bool = False
     block_size: int = 16
     gpu_memory_utilization: float = 0.92
@@ -88,3 +98,84 @@ class EngineConfig:
     forbid_recompile: bool = False
     compilation_cache_dir: str | None = None
     disable_log_stats: bool = False
+
+
+# Arguments of vLLM that tune torch or CUDA: there is nothing here that they could change.
+NOTHING_TO_MATCH: dict[str, str] = {
+    "enforce_eager": "every step is compiled ahead",
+    "compilation_config": "every step is compiled ahead",
+    "cudagraph_capture_sizes": "there are no CUDA graphs",
+    "max_seq_len_to_capture": "there are no CUDA graphs",
+    "disable_custom_all_reduce": "XLA chooses the collectives",
+    "swap_space": "preempted requests are computed again",
+    "max_parallel_loading_workers": "weights are streamed",
+}
+
+# Other arguments of vLLM, with the values that ask for what is done anyway (so do None, False, 0 and "").
+NOT_SERVED: dict[str, tuple[Any, ...]] = {
+    "runner": ("auto", "generate"),
+    "task": ("auto", "generate"),
+    "convert": ("auto", "none"),
+    "tokenizer_mode": ("auto", "hf"),
+    "config_format": ("auto", "hf"),
+    "model_impl": ("auto",),
+    "device": ("auto",),
+    "kv_cache_dtype": ("auto",),
+    "prefix_caching_hash_algo": (),
+    "distributed_executor_backend": ("uni",),
+    "quantization": (),
+    "quantization_config": (),
+    "enable_lora": (),
+    "max_loras": (1,),
+    "max_lora_rank": (16,),
+    "speculative_config": (),
+    "spec_method": (),
+    "spec_model": (),
+    "spec_tokens": (),
+    "structured_outputs_config": (),
+    "logits_processors": (),
+    "cpu_offload_gb": (),
+    "kv_offloading_size": (),
+    "kv_transfer_config": (),
+    "enable_sleep_mode": (),
+    "enable_expert_parallel": (),
+    "enable_prompt_embeds": (),
+    "limit_mm_per_prompt": (),
+    "mm_processor_kwargs": (),
+    "allowed_local_media_path": (),
+    "allowed_media_domains": (),
+    "pooler_config": (),
+    "profiler_config": (),
+    "attention_config": (),
+    "hf_token": (),
+    "hf_config_path": (),
+    "code_revision": (),
+    "scheduler_cls": (),
+    "worker_cls": ("auto",),
+    "nnodes": (1,),
+}
+
+
+def engine_config_from(model: str | os.PathLike[str], arguments: Mapping[str, Any]) -> EngineConfig:
+    """The `EngineConfig` of keyword arguments as a vLLM user writes them; None leaves a field at its default.
+
+    Raises:
+        ConfigError: an argument is unknown.
+        UnsupportedError: an argument of vLLM asks for what is not served yet.
+    """
+    known = {f.name for f in fields(EngineConfig)} - {"model"}
+    given: dict[str, Any] = {}
+    for name, value in arguments.items():
+        if name in known:
+            if value is not None:
+                given[name] = os.fspath(value) if isinstance(value, os.PathLike) else value
+        elif name in NOTHING_TO_MATCH:
+            logger.info("%s=%r changes nothing here: %s.", name, value, NOTHING_TO_MATCH[name])
+        elif name in NOT_SERVED:
+            if value and value not in NOT_SERVED[name]:
+                raise UnsupportedError(f"{name}={value!r} is not supported yet; leave {name} out.")
+        else:
+            close = difflib.get_close_matches(name, [*known, *NOTHING_TO_MATCH, *NOT_SERVED], n=1)
+            hint = f"Did you mean {close[0]!r}?" if close else f"Known are {', '.join(sorted(known))}."
+            raise ConfigError(f"There is no argument {name!r}. {hint}", param=name)
+    return EngineConfig(model=os.fspath(model), **given)

@@ -18,7 +18,7 @@ from jaxllm.errors import ConfigError, InvalidRequestError
 from jaxllm.inputs import PromptType, split_prompt
 from jaxllm.models.config import ModelConfig
 from jaxllm.request import Request
-from jaxllm.sampling_params import SamplingParams, eos_token_ids_of
+from jaxllm.sampling_params import RequestOutputKind, SamplingParams, eos_token_ids_of
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +58,8 @@ class InputProcessor:
         tokenizer: a Hugging Face tokenizer, or None where the engine runs on token ids alone.
         default_sampling_params: fields that differ from `SamplingParams()` for this model, as
             its `generation_config.json` and `override_generation_config` say.
+        max_model_len: tokens of a prompt and its output together.
+        all_eos_token_ids: every id that ends a sequence of this model.
     """
 
     def __init__(
@@ -81,9 +83,10 @@ class InputProcessor:
                 "max_model_len must be set before requests are processed.", param="max_model_len"
             )
         self.tokenizer = tokenizer
-        self.max_model_len: int = engine_config.max_model_len
+        self.max_model_len = engine_config.max_model_len
         self._vocab_size = model_config.vocab_size
         self._max_logprobs = engine_config.max_logprobs
+        self._ignores_priority = engine_config.scheduling_policy == "fcfs"
         self._generation_config = _load_generation_config(engine_config, generation_config)
         self.default_sampling_params = _sampling_defaults(engine_config, self._generation_config)
         self._check_sampling_defaults()
@@ -95,6 +98,8 @@ class InputProcessor:
         self._eos_token_id: int | None = tokenizer_eos
         self._eos_token_ids = frozenset(further if tokenizer_eos is None else [tokenizer_eos])
         self._further_eos: Mapping[str, Any] = {} if tokenizer_eos is None else {"eos_token_id": further}
+
+        self.all_eos_token_ids = self._eos_token_ids | frozenset(further)
 
         self._seeds = random.Random(engine_config.seed)
         self._seeds_lock = threading.Lock()
@@ -112,6 +117,7 @@ class InputProcessor:
         priority: int = 0,
         arrival_time: float | None = None,
         cache_salt: str | None = None,
+        final_only: bool = False,
     ) -> ProcessedInput:
         """Tokenize and check one user request; `params` is copied, never changed.
 
@@ -120,6 +126,7 @@ class InputProcessor:
             priority: lower is served first under the `priority` policy.
             arrival_time: in seconds of `time.monotonic()`; None is now.
             cache_salt: as in the prompt's own `cache_salt`, which goes before this.
+            final_only: one output at the end, whatever `params.output_kind` says.
 
         Raises:
             InvalidRequestError: naming what is wrong with the prompt or a parameter.
@@ -131,8 +138,16 @@ class InputProcessor:
             )
         if type(priority) is not int:
             raise InvalidRequestError(f"priority must be an integer; got {priority!r}.", param="priority")
+        if priority and self._ignores_priority:
+            raise InvalidRequestError(
+                f"priority={priority} has no effect under the fcfs policy; leave it out, or start the engine "
+                'with scheduling_policy="priority".',
+                param="priority",
+            )
         text, given_ids, own_salt = split_prompt(prompt)
         params = self._prepare_params(params)
+        if final_only:
+            params.output_kind = RequestOutputKind.FINAL_ONLY
         token_ids = self.tokenize(text or "") if given_ids is None else _as_token_ids(given_ids)
         self._check_prompt(token_ids, given=given_ids is not None)
 
@@ -172,7 +187,7 @@ class InputProcessor:
                 "Give prompt_token_ids.",
                 param="prompt",
             )
-        return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
+        return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False))
 
     def _prepare_params(self, params: SamplingParams) -> SamplingParams:
         """A checked copy, with what depends on the model filled in."""

@@ -29,6 +29,7 @@ LEVELS: list[set[str]] = [
     {"jaxllm.scheduling"},
     {"jaxllm.text"},
     {"jaxllm.request"},
+    {"jaxllm.progress"},
     {"jaxllm.sampling_params", "jaxllm.inputs", "jaxllm.stats", "jaxllm.config", "jaxllm.outputs"},
     {"jaxllm.models.config", "jaxllm.demo", "jaxllm.errors"},
 ]
