@@ -53,10 +53,12 @@ def model_name(options: argparse.Namespace) -> str:
 
 def generate(llm: LLM, prompts: list[list[int]], max_tokens: int) -> list[Any]:
     """Greedy, of a fixed length, whatever the model would rather say."""
-    from jaxllm import SamplingParams
+    from jaxllm import SamplingParams, TokensPrompt
 
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
-    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+    outputs = llm.generate(
+        [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts], params, use_tqdm=False
+    )
     counts = {len(output.outputs[0].token_ids) for output in outputs}
     if counts != {max_tokens}:
         raise RuntimeError(f"asked for {max_tokens} tokens a prompt, got {sorted(counts)}")

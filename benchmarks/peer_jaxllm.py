@@ -22,7 +22,7 @@ def load(options: dict[str, Any]) -> tuple[str, Generate]:
 
     def generate(prompts: list[list[int]], max_tokens: int) -> int:
         params = jaxllm.SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
-        inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+        inputs = [jaxllm.TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]
         outputs = llm.generate(inputs, params, use_tqdm=False)
         return sum(len(output.outputs[0].token_ids) for output in outputs)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -43,15 +44,16 @@ class Peer:
         self._log = log
         # What is set outside wins over our choice.
         environment = {**ENVIRONMENTS[name], **os.environ, "PYTHONUNBUFFERED": "1"}
-        self._process = subprocess.Popen(
-            [python, "-m", f"benchmarks.peer_{name}"],
-            cwd=ROOT,
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log.open("w"),
-            text=True,
-        )
+        with log.open("w") as output:
+            self._process = subprocess.Popen(
+                [python, "-m", f"benchmarks.peer_{name}"],
+                cwd=ROOT,
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=output,
+                text=True,
+            )
 
     def load(self, **options: Any) -> tuple[str, float]:
         """Loads a model; returns the engine's name with its version, and the seconds it took."""
@@ -88,13 +90,15 @@ class Peer:
 
     def close(self) -> None:
         """Ends the process: first by ending its input, then less gently."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
+        assert self._process.stdin is not None and self._process.stdout is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
         try:
             self._process.wait(timeout=30)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._process.stdout.close()
 
     def __enter__(self) -> Peer:
         return self

@@ -146,7 +146,7 @@ def write_model_directory(name: str, directory: Path) -> Path:
     (directory / "config.json").write_text(json.dumps(config, indent=2))
     vocab_size = config["vocab_size"]
     vocabulary = {f"w{i}": i for i in range(vocab_size)}
-    tokenizer = {
+    tokenizer: dict[str, Any] = {
         "version": "1.0",
         "truncation": None,
         "padding": None,

@@ -133,14 +133,14 @@ def print_results(results: Results, *, verbose: bool) -> None:
 
 def draw(results: Results, path: Path) -> None:
     picture, axes = figure(height=2.5)
-    for state in ("cold", "warm"):
+    for row, state in enumerate(("cold", "warm")):
         starts = [start for start in results.starts if start.cache == state]
         left = 0.0
         for i, name in enumerate(STAGES):
             seconds = statistics.median(start.stages[i][1] for start in starts)
             axes.barh(state, seconds, left=left, color=f"C{i}", label=name if state == "cold" else None)
             left += seconds
-        axes.text(left, state, f" {left:.1f} s", va="center")
+        axes.text(left, row, f" {left:.1f} s", va="center")
     axes.invert_yaxis()
     axes.set_xlabel("seconds from process start to the first token")
     axes.set_title(results.model)

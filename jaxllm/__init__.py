@@ -5,11 +5,15 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from jaxllm.inputs import TextPrompt, TokensPrompt
-    from jaxllm.llm import LLM
-    from jaxllm.outputs import CompletionOutput, RequestOutput
-    from jaxllm.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
+if TYPE_CHECKING:  # "X as X" marks an export for type checkers
+    from jaxllm.inputs import TextPrompt as TextPrompt
+    from jaxllm.inputs import TokensPrompt as TokensPrompt
+    from jaxllm.llm import LLM as LLM
+    from jaxllm.outputs import CompletionOutput as CompletionOutput
+    from jaxllm.outputs import RequestOutput as RequestOutput
+    from jaxllm.sampling_params import BeamSearchParams as BeamSearchParams
+    from jaxllm.sampling_params import RequestOutputKind as RequestOutputKind
+    from jaxllm.sampling_params import SamplingParams as SamplingParams
 
 __version__ = "0.1.0"
 

@@ -189,9 +189,11 @@ def test_the_machine_is_measured() -> None:
 
 def test_a_peer_that_cannot_start_says_why(tmp_path: Path) -> None:
     missing = tmp_path / "no-such-model"
-    with peers.Peer("jaxllm", sys.executable, tmp_path / "log") as peer:
-        with pytest.raises(peers.PeerError, match="no-such-model"):
-            peer.load(model=str(missing), dtype="float32", max_model_len=32, max_num_seqs=2)
+    with (
+        peers.Peer("jaxllm", sys.executable, tmp_path / "log") as peer,
+        pytest.raises(peers.PeerError, match="no-such-model"),
+    ):
+        peer.load(model=str(missing), dtype="float32", max_model_len=32, max_num_seqs=2)
 
 
 def test_comparing_with_oneself(tiny: str, tmp_path: Path) -> None:
