@@ -166,6 +166,7 @@ class InputProcessor:
                 priority=priority,
                 cache_salt=own_salt if own_salt is not None else cache_salt,
                 group_id=None if params.n == 1 else request_id,
+                needs_host_tokens=params.bad_words_token_ids is not None,
             )
             for i, seed in enumerate(self._draw_seeds(params))
         ]
