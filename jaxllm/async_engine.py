@@ -311,15 +311,18 @@ class AsyncEngine:
             await asyncio.sleep(0.02)
         return True
 
-    def stop(self) -> None:
-        """Abort what runs and end the thread; returns when it has ended."""
+    def stop(self, timeout: float | None = None) -> None:
+        """Abort what runs and end the thread.
+
+        Returns when it has ended, or after `timeout` seconds; then it ends after the step that it is in.
+        """
         self._draining = True
         with self._gate:
             if self._refusal is None:
                 self._refusal = "the engine has been shut down"
                 self._inbox.put(None)
         if threading.current_thread() is not self._thread:
-            self._thread.join()
+            self._thread.join(timeout)
         self._tokenizing.shutdown(wait=False, cancel_futures=True)
 
     # -- commands -----------------------------------------------------------------------------------

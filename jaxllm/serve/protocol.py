@@ -90,6 +90,9 @@ class GenerationRequest(Body):
         "frequency_penalty": 0.0,
     }
 
+    # The field that an over-long or empty prompt is blamed on.
+    PROMPT_FIELD: ClassVar[str] = "prompt"
+
     model: str | None = None
     n: int | None = 1
     stream: bool | None = False
@@ -151,7 +154,7 @@ class GenerationRequest(Body):
             raise _refusal("Field 'stream_options' is only allowed with 'stream': true.", "stream_options")
         if self.stream and self.prompt_logprobs:
             raise _refusal(
-                f"Field 'prompt_logprobs' is {self.prompt_logprobs}: prompt logprobs are not sent in a stream;"
+                f"Field 'prompt_logprobs' is {self.prompt_logprobs}: a stream carries no prompt logprobs;"
                 " leave it out, or set 'stream': false.",
                 "prompt_logprobs",
             )
@@ -190,7 +193,9 @@ class GenerationRequest(Body):
         for name, fallback in self.DEFAULTS.items():
             value = getattr(self, name)
             chosen[name] = defaults.get(name, fallback) if value is None else value
-        stop_token_ids = dict.fromkeys([*(self.stop_token_ids or []), *(defaults.get("stop_token_ids") or [])])
+        stop_token_ids = dict.fromkeys(
+            [*(self.stop_token_ids or []), *(defaults.get("stop_token_ids") or [])]
+        )
         limit = self.output_limit()
         if limit is None:
             limit = defaults.get("max_tokens")
@@ -272,6 +277,8 @@ class CompletionRequest(GenerationRequest):
 
 class ChatCompletionRequest(GenerationRequest):
     """POST /v1/chat/completions."""
+
+    PROMPT_FIELD: ClassVar[str] = "messages"
 
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
     max_completion_tokens: int | None = None

@@ -17,6 +17,7 @@ from jaxllm.sampling_params import SamplingParams
 from jaxllm.serve.config import ServerConfig
 from jaxllm.serve.errors import NotFoundError
 from jaxllm.serve.protocol import GenerationRequest
+from jaxllm.text.chat_template import render_chat
 
 logger = logging.getLogger(__name__)
 
@@ -61,11 +62,59 @@ class ServerState:
         """Sampling parameters of the model's `generation_config.json`."""
         return dict(self.engine.engine.input_processor.default_sampling_params)
 
+    def tokenize(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Token ids of a text."""
+        return self.engine.engine.input_processor.tokenize(text, add_special_tokens=add_special_tokens)
+
+    def render_chat(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        chat_template: str | None,
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+        chat_template_kwargs: dict[str, Any] | None,
+        documents: list[dict[str, Any]] | None = None,
+    ) -> str:
+        """The text that the model is given for a conversation.
+
+        Raises:
+            InvalidRequestError: the messages do not fit the template, or the request brings a template
+                of its own where the operator does not allow it.
+        """
+        if chat_template is not None and not self.config.trust_request_chat_template:
+            raise InvalidRequestError(
+                "Field 'chat_template' is refused: a template is a program, and this server runs only its"
+                " own. Start it with --chat-template FILE, or with --trust-request-chat-template.",
+                param="chat_template",
+            )
+        return render_chat(
+            self.tokenizer,
+            messages,
+            chat_template=self.chat_template if chat_template is None else chat_template,
+            content_format=self.config.chat_template_content_format,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            documents=documents,
+            chat_template_kwargs=chat_template_kwargs,
+        )
+
     def check_model(self, name: str | None) -> None:
         """Refuse a model that is not served here; None is whichever is."""
         if name is not None and name not in self.model_names:
             served = ", ".join(f"'{n}'" for n in self.model_names)
-            raise NotFoundError(f"The model '{name}' does not exist; this server has {served}.", param="model")
+            raise NotFoundError(
+                f"The model '{name}' does not exist; this server has {served}.", param="model"
+            )
+
+    def check_token_ids(self, name: str, token_ids: Sequence[int]) -> None:
+        """Refuse token ids that the model does not have."""
+        size = self.engine.engine.model_config.vocab_size
+        wrong = next((i for i in token_ids if not 0 <= i < size), None)
+        if wrong is not None:
+            raise InvalidRequestError(
+                f"Field '{name}' holds {wrong}: token ids of this model are in [0, {size - 1}].", param=name
+            )
 
     def check_priority(self, priority: int) -> None:
         """Refuse a priority that nothing would look at."""
@@ -151,7 +200,9 @@ def close_all(generations: Sequence[Generation]) -> None:
         generation.stream.close()
 
 
-def log_request(request_id: str, processed: ProcessedInput, params: SamplingParams, limit: int | None) -> None:
+def log_request(
+    request_id: str, processed: ProcessedInput, params: SamplingParams, limit: int | None
+) -> None:
     """Write a request to the log, its prompt cut to `limit` characters (or token ids)."""
     ids = processed.requests[0].prompt_token_ids
     shown: Any = ids if processed.prompt is None else processed.prompt
@@ -180,13 +231,18 @@ def _process_all(
 def _process(
     state: ServerState, body: GenerationRequest, prompt: PromptInput, params: SamplingParams, request_id: str
 ) -> ProcessedInput:
-    processed = state.engine.engine.input_processor.process(
-        request_id,
-        _engine_prompt(state, body, prompt),
-        params,
-        priority=body.priority,
-        cache_salt=body.cache_salt,
-    )
+    try:
+        processed = state.engine.engine.input_processor.process(
+            request_id,
+            _engine_prompt(state, body, prompt),
+            params,
+            priority=body.priority,
+            cache_salt=body.cache_salt,
+        )
+    except InvalidRequestError as error:
+        if error.param in ("prompt", "prompt_token_ids"):
+            error.param = body.PROMPT_FIELD
+        raise
     asked = body.output_limit()
     given = {"max_tokens", "max_completion_tokens"} & body.model_fields_set
     num_prompt_tokens = len(processed.requests[0].prompt_token_ids)
@@ -208,7 +264,7 @@ def _engine_prompt(state: ServerState, body: GenerationRequest, prompt: PromptIn
         assert prompt.text is not None
         if not prompt.text or (prompt.add_special_tokens and truncation is None):
             return prompt.text  # An empty text is refused by the engine, in its own words.
-        token_ids = encode(state.tokenizer, prompt.text, add_special_tokens=prompt.add_special_tokens)
+        token_ids = state.tokenize(prompt.text, add_special_tokens=prompt.add_special_tokens)
     if truncation is not None:
         limit = truncation
         if truncation == -1:
@@ -224,8 +280,3 @@ def _engine_prompt(state: ServerState, body: GenerationRequest, prompt: PromptIn
     if prompt.text is None:
         return {"prompt_token_ids": token_ids}
     return {"prompt_token_ids": token_ids, "prompt": prompt.text}
-
-
-def encode(tokenizer: Any, text: str, *, add_special_tokens: bool) -> list[int]:
-    """Token ids of a text."""
-    return list(tokenizer.encode(text, add_special_tokens=add_special_tokens))

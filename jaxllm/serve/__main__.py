@@ -1,0 +1,20 @@
+"""`python -m jaxllm.serve` is `jaxllm serve`."""
+
+from __future__ import annotations
+
+import sys
+
+from jaxllm.serve.arguments import parse_arguments
+
+
+def main() -> int:
+    """Serve until told to stop; returns the exit status."""
+    arguments = parse_arguments(sys.argv[1:], program="python -m jaxllm.serve")
+    # Imported late, so that --help and a mistyped flag answer at once.
+    from jaxllm.serve.launcher import launch
+
+    return launch(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,247 @@
+"""The routes."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import orjson
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+import jaxllm
+from jaxllm.async_engine import AsyncEngine
+from jaxllm.config import DEMO_MODEL
+from jaxllm.errors import ConfigError, JaxLLMError
+from jaxllm.serve.chat import create_chat_completion
+from jaxllm.serve.completions import create_completion
+from jaxllm.serve.config import ServerConfig
+from jaxllm.serve.errors import (
+    GenerationError,
+    NotFoundError,
+    describe_validation,
+    error_response,
+    response_of,
+)
+from jaxllm.serve.metrics import make_registry
+from jaxllm.serve.middleware import APIKeys, RequestGate, RequestIdHeader
+from jaxllm.serve.protocol import (
+    Body,
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    Refusal,
+    TokenizeRequest,
+)
+from jaxllm.serve.state import ServerState
+from jaxllm.serve.streaming import log_unexpected
+
+logger = logging.getLogger(__name__)
+
+_BODIES: dict[str, type[Body]] = {
+    "/v1/completions": CompletionRequest,
+    "/v1/chat/completions": ChatCompletionRequest,
+    "/tokenize": TokenizeRequest,
+    "/detokenize": DetokenizeRequest,
+}
+
+
+def served_names(model: str, config: ServerConfig) -> tuple[str, ...]:
+    """The names that requests may call the model by."""
+    if config.served_model_name:
+        return config.served_model_name
+    return ("jaxllm-demo", DEMO_MODEL) if model == DEMO_MODEL else (model,)
+
+
+def load_chat_template(given: str | None) -> str | None:
+    """The Jinja source that `--chat-template` means: a file's, or the argument itself.
+
+    Raises:
+        ConfigError: it looks like a file and is none.
+    """
+    if given is None:
+        return None
+    if any(mark in given for mark in ("{%", "{{", "\n")):
+        return given
+    try:
+        return Path(given).read_text()
+    except OSError as error:
+        raise ConfigError(
+            f"--chat-template {given!r} cannot be read ({error.strerror}), and is no Jinja template itself;"
+            " give the path of a file, or the template.",
+            param="chat_template",
+        ) from error
+
+
+def build_app(
+    engine: AsyncEngine, config: ServerConfig, *, model_names: tuple[str, ...] | None = None
+) -> FastAPI:
+    """The application around a running engine.
+
+    Args:
+        model_names: names that requests may call the model by; None derives them from the engine's.
+    """
+    names = model_names or served_names(engine.engine.config.model, config)
+    state = ServerState(engine, config, names, load_chat_template(config.chat_template))
+    app = FastAPI(
+        title="jaxllm",
+        version=jaxllm.__version__,
+        root_path=config.root_path,
+        docs_url=None if config.disable_fastapi_docs else "/docs",
+        redoc_url=None if config.disable_fastapi_docs else "/redoc",
+        openapi_url=None if config.disable_fastapi_docs else "/openapi.json",
+    )
+    app.state.server = state
+    _add_generation_routes(app, state)
+    _add_tokenizer_routes(app, state)
+    _add_operator_routes(app, state)
+    _add_error_handlers(app)
+    # The last one added is the outermost.
+    app.add_middleware(RequestGate, state=state)
+    if config.api_key:
+        app.add_middleware(APIKeys, keys=config.api_key)
+    if config.enable_request_id_headers:
+        app.add_middleware(RequestIdHeader)
+    if config.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.allowed_origins,
+            allow_methods=config.allowed_methods,
+            allow_headers=config.allowed_headers,
+            allow_credentials=config.allow_credentials,
+        )
+    return app
+
+
+def _add_generation_routes(app: FastAPI, state: ServerState) -> None:
+    @app.post("/v1/completions")
+    async def completions(body: CompletionRequest, http: Request) -> Response:
+        return await create_completion(state, body, http)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(body: ChatCompletionRequest, http: Request) -> Response:
+        return await create_chat_completion(state, body, http)
+
+    created = int(time.time())
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        return _json(
+            {"object": "list", "data": [_model_card(state, name, created) for name in state.model_names]}
+        )
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> Response:
+        state.check_model(name)
+        return _json(_model_card(state, name, created))
+
+
+def _model_card(state: ServerState, name: str, created: int) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": created,
+        "owned_by": "jaxllm",
+        "root": state.engine.engine.config.model,
+        "parent": None,
+        "max_model_len": state.max_model_len,
+        "permission": [],
+    }
+
+
+def _add_tokenizer_routes(app: FastAPI, state: ServerState) -> None:
+    def token_ids_of(body: TokenizeRequest) -> list[int]:
+        if body.prompt is not None:
+            return state.tokenize(body.prompt, add_special_tokens=body.add_special_tokens is not False)
+        assert body.messages is not None
+        text = state.render_chat(
+            body.messages,
+            chat_template=body.chat_template,
+            add_generation_prompt=body.add_generation_prompt,
+            continue_final_message=body.continue_final_message,
+            chat_template_kwargs=body.chat_template_kwargs,
+        )
+        return state.tokenize(text, add_special_tokens=body.add_special_tokens is True)
+
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> Response:
+        state.check_model(body.model)
+        ids = await state.engine.run_in_thread(token_ids_of, body)
+        names = state.tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None
+        return _json(
+            {"count": len(ids), "max_model_len": state.max_model_len, "tokens": ids, "token_strs": names}
+        )
+
+    @app.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> Response:
+        state.check_model(body.model)
+        state.check_token_ids("tokens", body.tokens)
+        return _json({"prompt": await state.engine.run_in_thread(state.tokenizer.decode, body.tokens)})
+
+
+def _add_operator_routes(app: FastAPI, state: ServerState) -> None:
+    @app.get("/health")
+    async def health() -> Response:
+        if state.engine.is_dead:
+            error = state.engine.error
+            return error_response(503, f"The engine stopped after an error: {type(error).__name__}: {error}")
+        if state.engine.is_draining:
+            return error_response(503, "The server is shutting down.")
+        return Response(status_code=200)
+
+    app.add_api_route("/ping", health, methods=["GET", "POST"])
+
+    @app.get("/version")
+    async def version() -> Response:
+        return _json({"version": jaxllm.__version__})
+
+    @app.get("/load")
+    async def load() -> Response:
+        return _json({"server_load": state.requests_in_progress})
+
+    registry = make_registry(state.engine, state.model_names[0])
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    @app.exception_handler(RequestValidationError)
+    async def on_invalid_body(request: Request, error: RequestValidationError) -> Response:
+        body = _BODIES.get(request.scope["route"].path)
+        fields = list(body.model_fields) if body else []
+        message, param = describe_validation(error.errors(), fields)
+        return error_response(400, message, param)
+
+    @app.exception_handler(Refusal)
+    async def on_refusal(request: Request, refusal: Refusal) -> Response:
+        return response_of(refusal.error)
+
+    @app.exception_handler(HTTPException)
+    async def on_http_error(request: Request, error: HTTPException) -> Response:
+        message = str(error.detail)
+        if error.status_code == 404:
+            message = f"There is no {request.method} {request.url.path} here."
+        elif error.status_code == 405:
+            message = f"{request.url.path} does not take {request.method}."
+        elif error.status_code == 400:
+            message = "The body cannot be read as JSON."
+        return error_response(error.status_code, message, headers=error.headers)
+
+    async def on_error(request: Request, error: Exception) -> Response:
+        log_unexpected(error)
+        return response_of(error)
+
+    for kind in (JaxLLMError, NotFoundError, GenerationError, Exception):
+        app.add_exception_handler(kind, on_error)
+
+
+def _json(data: Any) -> Response:
+    return Response(orjson.dumps(data), media_type="application/json")

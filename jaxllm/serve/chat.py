@@ -1,0 +1,190 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import orjson
+from starlette.requests import Request as HTTPRequest
+from starlette.responses import Response
+
+from jaxllm.outputs import CompletionOutput, RequestOutput
+from jaxllm.serve.logprobs import chat_logprobs, prompt_logprobs_json
+from jaxllm.serve.protocol import ChatCompletionRequest
+from jaxllm.serve.state import Generation, PromptInput, ServerState, close_all, start_generations
+from jaxllm.serve.streaming import (
+    CLIENT_CLOSED_REQUEST,
+    EventStream,
+    closing_on_disconnect,
+    collect,
+    event,
+    merge,
+)
+from jaxllm.serve.usage import UsageCounter
+
+
+async def create_chat_completion(
+    state: ServerState, body: ChatCompletionRequest, http: HTTPRequest
+) -> Response:
+    """Write the next message of a conversation, in one JSON object or as a stream of chunks."""
+    state.check_model(body.model)
+    public_id = state.public_id("chatcmpl", body, http)
+    text = await state.engine.run_in_thread(
+        state.render_chat,
+        body.messages,
+        chat_template=body.chat_template,
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=body.continue_final_message,
+        chat_template_kwargs=body.chat_template_kwargs,
+        documents=body.documents,
+    )
+    prompt = PromptInput(text=text, add_special_tokens=body.add_special_tokens)
+    generations = await start_generations(state, body, [prompt], public_id)
+    answer = _Answer(state, body, public_id, generations[0])
+    close = functools.partial(close_all, generations)
+    if body.stream:
+        return EventStream(answer.events(), close)
+    try:
+        async with closing_on_disconnect(http.receive, close):
+            finals = await collect(generations)
+            if finals is None:
+                return Response(status_code=CLIENT_CLOSED_REQUEST)
+            return Response(orjson.dumps(answer.whole(finals[0])), media_type="application/json")
+    finally:
+        close()
+
+
+class _Answer:
+    """Writes the outputs of one request down as OpenAI's chat objects."""
+
+    def __init__(
+        self, state: ServerState, body: ChatCompletionRequest, public_id: str, generation: Generation
+    ) -> None:
+        self._body = body
+        self._generation = generation
+        self._tokenizer = state.engine.engine.tokenizer
+        self._as_ids = (
+            state.config.return_tokens_as_token_ids
+            if body.return_tokens_as_token_ids is None
+            else body.return_tokens_as_token_ids
+        )
+        self._usage = UsageCounter(
+            [len(generation.prompt_token_ids)],
+            body.stream_options,
+            force=state.config.enable_force_include_usage,
+            details=state.config.enable_prompt_tokens_details,
+        )
+        last = body.messages[-1]
+        # Without a generation prompt the model goes on writing as whoever spoke last.
+        self._role = state.config.response_role if body.add_generation_prompt else last["role"]
+        self._echo = _text_of(last) if body.echo and last["role"] == self._role else ""
+        self._head = {
+            "id": public_id,
+            "object": "chat.completion.chunk" if body.stream else "chat.completion",
+            "created": int(time.time()),
+            "model": state.model_names[0],
+        }
+
+    def whole(self, final: RequestOutput) -> dict[str, Any]:
+        """The response object."""
+        self._usage.add_cached(0, final.num_cached_tokens)
+        choices = []
+        for completion in sorted(final.outputs, key=lambda c: c.index):
+            self._usage.add(0, completion.index, len(completion.token_ids))
+            choice: dict[str, Any] = {
+                "index": completion.index,
+                "message": {"role": self._role, "content": self._echo + completion.text, "refusal": None},
+                "logprobs": self._logprobs(completion),
+                "finish_reason": completion.finish_reason,
+                "stop_reason": completion.stop_reason,
+            }
+            if self._body.return_token_ids:
+                choice["token_ids"] = completion.token_ids
+            choices.append(choice)
+        response = {**self._head, "choices": choices, "usage": self._usage.total()}
+        if self._body.prompt_logprobs is not None:
+            response["prompt_logprobs"] = prompt_logprobs_json(final.prompt_logprobs)
+        if self._body.return_token_ids:
+            response["prompt_token_ids"] = self._generation.prompt_token_ids
+        return response
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """The chunks of the stream: a role for each choice, then text; those of one engine step together."""
+        begun = False
+        async for _, output in merge([self._generation]):
+            self._usage.add_cached(0, output.num_cached_tokens)
+            chunks = []
+            if not begun:
+                chunks += self._opening()
+                begun = True
+            for completion in output.outputs:
+                self._usage.add(0, completion.index, len(completion.token_ids))
+                choice = self._stream_choice(completion)
+                if self._says_something(completion):
+                    chunks.append(self._chunk(choice))
+            if chunks:
+                yield b"".join(chunks)
+        if self._usage.in_stream:
+            yield event({**self._head, "choices": [], "usage": self._usage.total()})
+
+    def _opening(self) -> list[bytes]:
+        """The first chunk of every choice, and what it echoes."""
+        deltas = [{"role": self._role, "content": ""}]
+        if self._echo:
+            deltas.append({"content": self._echo})
+        chunks = []
+        for delta in deltas:
+            for index in range(self._body.num_completions):
+                choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+                extra: dict[str, Any] = {}
+                if self._body.return_token_ids and "role" in delta:
+                    extra["prompt_token_ids"] = self._generation.prompt_token_ids
+                chunks.append(self._chunk(choice, **extra))
+        return chunks
+
+    def _stream_choice(self, completion: CompletionOutput) -> dict[str, Any]:
+        choice: dict[str, Any] = {
+            "index": completion.index,
+            "delta": {"content": completion.text},
+            "logprobs": self._logprobs(completion),
+            "finish_reason": completion.finish_reason,
+        }
+        if completion.finish_reason is not None:
+            choice["stop_reason"] = completion.stop_reason
+        if self._body.return_token_ids:
+            choice["token_ids"] = completion.token_ids
+        return choice
+
+    def _chunk(self, choice: dict[str, Any], **extra: Any) -> bytes:
+        chunk = {**self._head, **extra, "choices": [choice]}
+        self._usage.stamp(chunk, 0, choice["index"])
+        return event(chunk)
+
+    def _logprobs(self, completion: CompletionOutput) -> dict[str, Any] | None:
+        if not self._body.logprobs:
+            return None
+        return chat_logprobs(
+            completion.token_ids,
+            completion.logprobs or [],
+            self._body.top_logprobs or 0,
+            tokenizer=self._tokenizer,
+            as_ids=self._as_ids,
+        )
+
+    def _says_something(self, completion: CompletionOutput) -> bool:
+        """Whether a chunk is worth sending: text may be held back while tokens come."""
+        if completion.text or completion.finish_reason is not None:
+            return True
+        reports_tokens = self._body.logprobs or self._body.return_token_ids or self._usage.continuous
+        return bool(completion.token_ids and reports_tokens)
+
+
+def _text_of(message: dict[str, Any]) -> str:
+    """The text of a message whose content is a string, a list of text parts, or missing."""
+    content = message.get("content") or ""
+    if isinstance(content, str):
+        return content
+    return "\n".join(part if isinstance(part, str) else part.get("text", "") for part in content)
