@@ -256,7 +256,7 @@ class PolicyGuard:
     @property
     def dynamic_ranks(self) -> bool:
         """Whether ranks have to be asked for before each step."""
-        return bool(self._policy.dynamic_ranks)
+        return self._ask(lambda policy: bool(policy.dynamic_ranks))
 
     def rank(self, request: RequestView) -> tuple[float, ...]:
         """The policy's rank, as a tuple."""

@@ -8,13 +8,19 @@ from collections.abc import Sequence
 from operator import attrgetter
 
 from jaxllm.config import SchedulerConfig
-from jaxllm.errors import ConfigError, InvalidRequestError
 from jaxllm.request import Request, RequestStatus
-from jaxllm.scheduling.block_pool import BlockPool, IntegrityError
-from jaxllm.scheduling.plan import Plan, RequestUpdate, ScheduledRequest, StepResult, TokenLogprobs
+from jaxllm.scheduling.block_pool import BlockPool
+from jaxllm.scheduling.checks import (
+    check_config,
+    check_places,
+    check_progress,
+    check_request,
+    check_result,
+)
+from jaxllm.scheduling.plan import Plan, RequestUpdate, ScheduledRequest, StepResult
 from jaxllm.scheduling.policy import PolicyGuard, RequestView, SchedulingPolicy, StepView, load_policy
 from jaxllm.scheduling.prefix_cache import PageHasher
-from jaxllm.scheduling.sequence import ScheduledSequence, WaitingQueue
+from jaxllm.scheduling.sequence import ScheduledSequence, WaitingQueue, ceil_div
 
 _by_key = attrgetter("key")
 
@@ -75,7 +81,7 @@ class Scheduler:
     """
 
     def __init__(self, config: SchedulerConfig, policy: SchedulingPolicy | None = None) -> None:
-        _check_config(config)
+        check_config(config)
         self.config = config
         self._policy = PolicyGuard(policy if policy is not None else load_policy(config.policy))
         self._pool = BlockPool(config.num_pages, keep_freed=config.enable_prefix_caching)
@@ -139,7 +145,7 @@ class Scheduler:
             InvalidRequestError: its id is taken, its prompt is empty or too long, or it needs more
                 pages than there are.
         """
-        max_length = self._check_request(request)
+        max_length = check_request(request, self.config, taken=request.request_id in self._sequences)
         # Without prefix caching, the sequences of one user request still share its prompt.
         group = None if self.config.enable_prefix_caching else request.group_id
         params = request.sampling_params
@@ -160,43 +166,6 @@ class Scheduler:
         self._next_order += 1
         self._sequences[request.request_id] = sequence
         self._enqueue(sequence)
-
-    def _check_request(self, request: Request) -> int:
-        """Length at which the request ends, if it can be served."""
-        if request.request_id in self._sequences:
-            raise InvalidRequestError(
-                f"request_id {request.request_id!r} is taken by a request that has not finished; "
-                "choose another.",
-                param="request_id",
-            )
-        if request.status is not RequestStatus.WAITING:
-            raise InvalidRequestError(
-                f"Request {request.request_id!r} has been served before (it is {request.status.name}); "
-                "make a new one."
-            )
-        num_prompt_tokens, limit = request.num_prompt_tokens, self.config.max_model_len
-        if not 1 <= num_prompt_tokens < limit:
-            raise InvalidRequestError(
-                f"The prompt has {num_prompt_tokens} tokens; from 1 to {limit - 1} are allowed, as "
-                f"max_model_len is {limit} and one token has to be generated.",
-                param="prompt",
-            )
-        if request.max_tokens < 1:
-            raise InvalidRequestError(
-                f"max_tokens is {request.max_tokens}; at least 1 is needed.", param="max_tokens"
-            )
-        max_length = min(num_prompt_tokens + request.max_tokens, limit)
-        # The last token is sampled, and never computed.
-        num_pages = _ceil_div(max_length - 1, self._page_size)
-        if num_pages > self._pool.num_usable_pages:
-            raise InvalidRequestError(
-                f"{num_prompt_tokens} prompt tokens and {max_length - num_prompt_tokens} output tokens "
-                f"need {num_pages} KV pages of {self._page_size} tokens, and the cache has "
-                f"{self._pool.num_usable_pages}. Lower max_tokens, shorten the prompt, or give the KV "
-                "cache more memory.",
-                param="max_tokens",
-            )
-        return max_length
 
     def finish(self, request: Request, status: RequestStatus, stop_reason: int | str | None = None) -> None:
         """End a request from outside: aborted, a stop string found, an error.
@@ -323,7 +292,7 @@ class Scheduler:
         num_positions = request.num_computed_tokens + num_tokens
         if num_positions <= len(request.pages) * self._page_size:
             return True
-        num_pages = _ceil_div(num_positions, self._page_size) - len(request.pages)
+        num_pages = ceil_div(num_positions, self._page_size) - len(request.pages)
         while num_pages > self._pool.num_free_pages:
             candidates = self._running[index:]
             victim = candidates[self._policy.choose_victim([c.view for c in candidates])]
@@ -400,7 +369,7 @@ class Scheduler:
 
     def _fits(self, request: Request, found: list[int], num_reserved: int) -> bool:
         """Whether there are pages for all tokens that the request has, beside those promised to others."""
-        num_pages = _ceil_div(len(request.token_ids), self._page_size) - len(found)
+        num_pages = ceil_div(len(request.token_ids), self._page_size) - len(found)
         return num_pages + self._pool.count_unowned(found) + num_reserved <= self._pool.num_free_pages
 
     def _admit(self, sequence: ScheduledSequence, found: list[int], num_tokens: int) -> None:
@@ -408,7 +377,7 @@ class Scheduler:
         request = sequence.request
         num_found = len(found) * self._page_size
         self._pool.share(found)
-        num_pages = _ceil_div(num_found + num_tokens, self._page_size) - len(found)
+        num_pages = ceil_div(num_found + num_tokens, self._page_size) - len(found)
         request.pages = found + self._pool.allocate(num_pages)
         request.num_computed_tokens = num_found
         sequence.num_registered_pages = len(found)
@@ -432,13 +401,13 @@ class Scheduler:
         if samples:
             request.num_pending_tokens += 1
         else:
-            step.num_reserved_pages += _ceil_div(num_existing, self._page_size) - len(request.pages)
+            step.num_reserved_pages += ceil_div(num_existing, self._page_size) - len(request.pages)
         step.num_tokens_left -= num_tokens
         step.scheduled.append(ScheduledRequest(request, start, num_tokens, samples))
         step.sequences.append(sequence)
         if sequence.hasher is not None:
             size = self._page_size
-            known = sequence.hasher.digests[start // size : _ceil_div(end, size)]
+            known = sequence.hasher.digests[start // size : ceil_div(end, size)]
             step.computing.update(known)
 
     def _register_pages(self, sequence: ScheduledSequence) -> None:
@@ -473,14 +442,14 @@ class Scheduler:
         """
         if not self._in_flight or self._in_flight[0][0] is not plan:
             raise ValueError(f"plan {plan.step_id} is not the oldest outstanding one")
-        _check_result(plan, result)
+        check_result(plan, result)
         _, sequences = self._in_flight.popleft()
         updates = []
         for row, (sequence, entry) in enumerate(zip(sequences, plan.scheduled, strict=True)):
             if sequence.finished:
                 continue
             new_token_ids = self._append(sequence, result.token_ids[row]) if entry.samples else []
-            prompt_logprobs = _new_prompt_logprobs(sequence, entry, result.prompt_logprobs.get(row))
+            prompt_logprobs = sequence.new_prompt_logprobs(entry.start, result.prompt_logprobs.get(row))
             if new_token_ids or prompt_logprobs:
                 logprobs = result.logprobs[row]
                 if logprobs is not None:
@@ -517,109 +486,7 @@ class Scheduler:
         Raises:
             IntegrityError: saying what is wrong.
         """
-        running, waiting = self._running, list(self._waiting)
-        self._pool.check_integrity([sequence.request.pages for sequence in running])
-        if sorted(running, key=_by_key) != running:
-            raise IntegrityError("the running requests are out of order")
-        if len(waiting) != len(self._waiting):
-            raise IntegrityError(f"{len(self._waiting)} requests are said to wait, {len(waiting)} do")
-        places = [sequence.request.request_id for sequence in (*running, *waiting)]
-        if sorted(places) != sorted(self._sequences):
-            raise IntegrityError(f"requests {sorted(self._sequences)} are in these places: {sorted(places)}")
-        if len(running) > self.config.max_num_seqs:
-            raise IntegrityError(f"{len(running)} requests run, {self.config.max_num_seqs} may")
-        for sequence in running:
-            self._check_progress(sequence)
-        for sequence in waiting:
-            request = sequence.request
-            if request.pages or request.num_computed_tokens or request.status is RequestStatus.RUNNING:
-                raise IntegrityError(f"{request.request_id!r} waits, but has pages, progress or runs")
-
-    def _check_progress(self, sequence: ScheduledSequence) -> None:
-        request = sequence.request
-        name = repr(request.request_id)
-        if request.status is not RequestStatus.RUNNING:
-            raise IntegrityError(f"{name} is among the running requests as {request.status}")
-        if not 0 < request.num_computed_tokens <= request.num_tokens <= sequence.max_length:
-            raise IntegrityError(
-                f"{name}: computed {request.num_computed_tokens}, existing {request.num_tokens} and most "
-                f"{sequence.max_length} tokens must be in this order"
-            )
-        if len(request.pages) != _ceil_div(request.num_computed_tokens, self._page_size):
-            raise IntegrityError(
-                f"{name} has {len(request.pages)} pages for {request.num_computed_tokens} tokens"
-            )
-        in_flight = sum(
-            entry.samples
-            for plan, sequences in self._in_flight
-            for owner, entry in zip(sequences, plan.scheduled, strict=True)
-            if owner is sequence
-        )
-        if in_flight != request.num_pending_tokens:
-            raise IntegrityError(
-                f"{name} counts {request.num_pending_tokens} pending tokens; plans hold {in_flight}"
-            )
-
-
-def _ceil_div(numerator: int, denominator: int) -> int:
-    return -(-numerator // denominator)
-
-
-def _check_config(config: SchedulerConfig) -> None:
-    for name in ("max_num_seqs", "max_num_batched_tokens", "page_size"):
-        value = getattr(config, name)
-        if value < 1:
-            raise ConfigError(f"{name} is {value}; it must be at least 1.", param=name)
-    if config.max_model_len < 2:
-        raise ConfigError(
-            f"max_model_len is {config.max_model_len}; it must be at least 2, for a prompt token and an "
-            "output token.",
-            param="max_model_len",
-        )
-    threshold = config.long_prefill_token_threshold
-    if threshold < 0:
-        raise ConfigError(
-            f"long_prefill_token_threshold is {threshold}; it must be at least 0, which is no limit.",
-            param="long_prefill_token_threshold",
-        )
-    if config.enable_chunked_prefill:
-        return
-    if threshold:
-        raise ConfigError(
-            f"long_prefill_token_threshold is {threshold}, which cuts prompts into chunks, but "
-            "enable_chunked_prefill is False; set one of them back.",
-            param="long_prefill_token_threshold",
-        )
-    if config.max_num_batched_tokens < config.max_model_len:
-        raise ConfigError(
-            f"max_num_batched_tokens is {config.max_num_batched_tokens}; without chunked prefill it must "
-            f"be at least max_model_len, {config.max_model_len}.",
-            param="max_num_batched_tokens",
-        )
-
-
-def _check_result(plan: Plan, result: StepResult) -> None:
-    rows = len(plan.scheduled)
-    if len(result.token_ids) != rows or len(result.logprobs) != rows:
-        raise ValueError(
-            f"plan {plan.step_id} has {rows} rows, its result {len(result.token_ids)} rows of tokens and "
-            f"{len(result.logprobs)} of logprobs"
-        )
-    for entry, token_ids in zip(plan.scheduled, result.token_ids, strict=True):
-        if entry.samples and not token_ids:
-            raise ValueError(f"plan {plan.step_id} samples {entry.request.request_id!r}, its result does not")
-
-
-def _new_prompt_logprobs(
-    sequence: ScheduledSequence, entry: ScheduledRequest, logprobs: list[TokenLogprobs] | None
-) -> list[TokenLogprobs] | None:
-    """Those of `logprobs`, for positions from `entry.start + 1`, that were not delivered before.
-
-    A request that was preempted computes some of them twice.
-    """
-    if not logprobs:
-        return None
-    first = entry.start + 1
-    new = logprobs[max(sequence.next_prompt_logprob - first, 0) :]
-    sequence.next_prompt_logprob = max(sequence.next_prompt_logprob, first + len(logprobs))
-    return new or None
+        self._pool.check_integrity([sequence.request.pages for sequence in self._running])
+        check_places(self._sequences, self._running, self._waiting, self.config.max_num_seqs)
+        for sequence in self._running:
+            check_progress(sequence, self._in_flight, self._page_size)

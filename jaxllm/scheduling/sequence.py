@@ -6,9 +6,15 @@ from collections.abc import Iterable, Iterator
 from heapq import heapify, heappop, heappush
 
 from jaxllm.request import Request
+from jaxllm.scheduling.plan import TokenLogprobs
 from jaxllm.scheduling.policy import RequestView
 from jaxllm.scheduling.prefix_cache import PageHasher
 from jaxllm.scheduling.stops import StopChecker
+
+
+def ceil_div(numerator: int, denominator: int) -> int:
+    """Quotient rounded up."""
+    return -(-numerator // denominator)
 
 
 class ScheduledSequence:
@@ -82,6 +88,20 @@ class ScheduledSequence:
         if num_tokens >= self.max_length or (num_pending and not self.overlaps):
             return 0
         return num_tokens - request.num_computed_tokens
+
+    def new_prompt_logprobs(
+        self, start: int, logprobs: list[TokenLogprobs] | None
+    ) -> list[TokenLogprobs] | None:
+        """Those of `logprobs`, for positions from `start + 1`, that were not delivered before.
+
+        A request that is preempted computes some of them twice.
+        """
+        if not logprobs:
+            return None
+        first = start + 1
+        new = logprobs[max(self.next_prompt_logprob - first, 0) :]
+        self.next_prompt_logprob = max(self.next_prompt_logprob, first + len(logprobs))
+        return new or None
 
 
 class WaitingQueue:
