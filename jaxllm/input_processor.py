@@ -291,7 +291,9 @@ class InputProcessor:
         if params.seed is None:
             with self._seeds_lock:
                 return [self._seeds.getrandbits(32) for _ in range(params.n)]
-        return [_fold(params.seed + i) for i in range(params.n)]
+        # Folded to 32 bits before counting, so that no two of the n are the same.
+        first = params.seed % 2**64
+        return [((first ^ first >> 32) + i) % 2**32 for i in range(params.n)]
 
     def _check_sampling_defaults(self) -> None:
         try:
@@ -302,12 +304,6 @@ class InputProcessor:
                 'generation_config="none", or mend it with override_generation_config.',
                 param="generation_config",
             ) from error
-
-
-def _fold(seed: int) -> int:
-    """A seed of up to 64 bits in 32, unchanged where it fits."""
-    seed %= 2**64
-    return (seed ^ (seed >> 32)) & (2**32 - 1)
 
 
 def _as_token_ids(token_ids: Any) -> list[int]:

@@ -337,9 +337,8 @@ class SamplingParams:
         if self.skip_clone:
             return clone
         for name in _MUTABLE:
-            value = getattr(self, name)
-            if value:
-                setattr(clone, name, value.copy())
+            # Whatever a user has put there: it is checked by `verify`.
+            setattr(clone, name, copy.copy(getattr(self, name)))
         return clone
 
     def update_from_generation_config(

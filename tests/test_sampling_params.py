@@ -295,6 +295,10 @@ def test_clone_shares_nothing_that_can_change() -> None:
     clone.n = 5
     for f in dataclasses.fields(SamplingParams):
         assert getattr(params, f.name) == getattr(before, f.name), f.name
+    params.stop, params.stop_token_ids = "b", np.array([1, 2])  # type: ignore[assignment]
+    clone = params.clone()
+    clone.verify()
+    assert (clone.stop, clone.stop_token_ids) == (["b"], [1, 2])
     shared = SamplingParams(stop=["a"], skip_clone=True)
     assert shared.clone().stop is shared.stop
     assert shared.clone() is not shared
