@@ -110,7 +110,7 @@ def _directory(
 ) -> Path:
     """The local directory of a tokenizer, downloaded if need be."""
     path = Path(path_or_name).expanduser()
-    if path.is_dir():
+    if path.is_dir() and path_or_name != "":  # which Path takes for the current directory
         return path
     if path.is_file():
         raise ConfigError(

@@ -123,7 +123,10 @@ _BUILDERS: dict[str, Callable[[], Tokenizer]] = {
 @cache
 def _build(name: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
-        tokenizer_object=_BUILDERS[name](), bos_token="<s>", eos_token="</s>", clean_up_tokenization_spaces=False
+        tokenizer_object=_BUILDERS[name](),
+        bos_token="<s>",
+        eos_token="</s>",
+        clean_up_tokenization_spaces=False,
     )
 
 

@@ -37,7 +37,7 @@ def run(detokenizer: Detokenizer, ids: Sequence[int]) -> list[str]:
 
 
 def decode(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int], skip: bool) -> str:
-    return tokenizer.backend_tokenizer.decode(list(ids), skip_special_tokens=skip)
+    return str(tokenizer.backend_tokenizer.decode(list(ids), skip_special_tokens=skip))
 
 
 def has_malformed_bytes(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int], skip: bool) -> bool:
@@ -111,7 +111,7 @@ def test_byte_level_never_shows_half_a_character(zoo: Zoo, text: str, cut: int) 
     detokenizer = DetokenizerFactory(tokenizer).detokenizer()
     shown = "".join(detokenizer.step(i) for i in ids)
     assert text.startswith(shown)
-    assert detokenizer.flush() in ("", "\ufffd", "\ufffd\ufffd", "\ufffd\ufffd\ufffd")
+    assert detokenizer.flush() in ("", "\ufffd")
     assert detokenizer.flush() == ""
 
 
@@ -152,14 +152,16 @@ def test_no_spaces_between_special_tokens_where_they_are_not_wanted(zoo: Zoo, ki
         assert expected in "".join(run(detokenizer, ids))
 
 
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    """ByT5's."""
+    from transformers import ByT5Tokenizer
+
+    return ByT5Tokenizer()
+
+
 class TestSlowTokenizer:
     """ByT5 has no fast form; its tokens are bytes, and it drops what is not UTF-8."""
-
-    @pytest.fixture(scope="class")
-    def tokenizer(self) -> Any:
-        from transformers import ByT5Tokenizer
-
-        return ByT5Tokenizer()
 
     @given(text=st.text(max_size=20), prompt=st.text(max_size=5))
     def test_text_round_trips(self, tokenizer: Any, text: str, prompt: str) -> None:
@@ -223,9 +225,7 @@ class TestTokenTexts:
 
     def test_half_a_character_is_empty_and_its_end_is_all_of_it(self, zoo: Zoo) -> None:
         tokenizer = zoo("llama2")
-        first, second, third = (
-            tokenizer.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in "世".encode()
-        )
+        first, second, third = (tokenizer.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in "世".encode())
         texts = DetokenizerFactory(tokenizer).token_texts()
         assert texts.text(first) == ""
         texts.advance(first)

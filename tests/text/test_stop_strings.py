@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -37,7 +38,12 @@ def undecided(text: str, stops: list[str]) -> int:
     return max(k for stop in stops for k in range(len(stop)) if text.endswith(stop[:k]))
 
 
-@given(deltas=texts, stops=st.lists(words, min_size=1, max_size=4), include=st.booleans(), quiet=st.integers(0, 6))
+@given(
+    deltas=texts,
+    stops=st.lists(words, min_size=1, max_size=4),
+    include=st.booleans(),
+    quiet=st.integers(0, 6),
+)
 def test_against_brute_force(deltas: list[str], stops: list[str], include: bool, quiet: int) -> None:
     searched = [i >= quiet for i in range(len(deltas))]
     expected, expected_stop = brute_force(deltas, searched, stops, include)
@@ -72,7 +78,7 @@ def test_how_the_text_is_cut_does_not_matter(text: str, cuts: list[int], stops: 
         return result + matcher.flush(), None
 
     places = sorted({0, len(text), *(cut for cut in cuts if cut <= len(text))})
-    pieces = [text[a:b] for a, b in zip(places, places[1:], strict=False)]
+    pieces = [text[a:b] for a, b in pairwise(places)]
     assert shown(pieces) == shown([text]) == shown(list(text))
 
 
