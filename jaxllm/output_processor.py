@@ -225,14 +225,16 @@ class _Group:
             prompt_logprobs = self._prompt_logprobs
         metrics = self.metrics
         metrics.first_scheduled_time = first.first_scheduled_time
-        metrics.num_preemptions = sum(s.request.num_preemptions for s in self.sequences)
+        finished = not self.num_running
+        if finished:
+            metrics.num_preemptions = sum(s.request.num_preemptions for s in self.sequences)
         return RequestOutput(
             self.request_id,
             self.prompt,
             self.prompt_token_ids,
             prompt_logprobs,
             outputs,
-            not self.num_running,
+            finished,
             metrics,
             None,
             first.num_cached_tokens,

@@ -90,6 +90,22 @@ def test_text_is_what_follows_the_prompt(
     assert before + "".join(run(detokenizer, ids)) == decode(tokenizer, prompt + ids, skip)
 
 
+@pytest.mark.parametrize("kind", ["llama2", "gemma", "byte_level"])
+@given(
+    parts=st.lists(st.text(max_size=8) | st.sampled_from(["<s>", "</s>"]), max_size=8), cut=st.integers(0, 8)
+)
+def test_text_with_characters_in_bytes(zoo: Zoo, kind: str, parts: list[str], cut: int) -> None:
+    tokenizer = zoo(kind)
+    prompt, ids = (
+        [i for part in half for i in tokenizer.encode(part)] for half in (parts[:cut], parts[cut:])
+    )
+    for skip in (True, False):
+        assert not has_malformed_bytes(tokenizer, prompt + ids, skip)
+        detokenizer = DetokenizerFactory(tokenizer).detokenizer(prompt, skip_special_tokens=skip)
+        text = "".join(run(detokenizer, ids))
+        assert decode(tokenizer, prompt, skip) + text == decode(tokenizer, prompt + ids, skip)
+
+
 @pytest.mark.parametrize("kind", ["llama2", "gemma"])
 @given(data=st.binary(max_size=20), word=st.booleans())
 def test_malformed_byte_tokens_keep_the_characters_that_are_whole(
