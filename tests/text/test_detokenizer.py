@@ -19,6 +19,7 @@ from jaxllm.text.detokenizer import (
     WindowDetokenizer,
     backend_of,
 )
+from jaxllm.text.token_table import BYTE_OF_CHARACTER
 
 TABLE = ["byte_level", "metaspace_always", "metaspace_first", "metaspace_never", "llama2", "gemma", "unigram"]
 WINDOW = ["word_piece", "word_level", "bpe_suffix"]
@@ -134,9 +135,7 @@ def test_byte_level_never_shows_half_a_character(zoo: Zoo, text: str, cut: int) 
 def test_a_character_split_between_prompt_and_output_is_given_out_whole(zoo: Zoo) -> None:
     tokenizer = zoo("byte_level")
     by_byte = {chr_: i for chr_, i in tokenizer.get_vocab().items() if len(chr_) == 1}
-    from jaxllm.text.detokenizer import _BYTE_OF_CHARACTER
-
-    of_byte = {byte: by_byte[character] for character, byte in _BYTE_OF_CHARACTER.items()}
+    of_byte = {byte: by_byte[character] for character, byte in BYTE_OF_CHARACTER.items()}
     ids = [of_byte[byte] for byte in "a世b".encode()]
     for cut in (2, 3):
         assert run(DetokenizerFactory(tokenizer).detokenizer(ids[:cut]), ids[cut:])[-3:] == ["世", "b", ""]
