@@ -1,0 +1,57 @@
+"""The parameters of a model as the design lists them, apart from the decoder that declares them."""
+
+from __future__ import annotations
+
+from jaxllm.models.config import ModelConfig
+from jaxllm.models.parameters import ParameterSpec
+
+
+def make_specs(config: ModelConfig) -> dict[str, ParameterSpec]:
+    hidden, embedding, vocab = config.hidden_size, config.embedding_dim, config.vocab_size
+    inner, head_dim = config.intermediate_size, config.head_dim
+    kv_heads, groups = config.num_kv_heads, config.queries_per_kv_head
+    specs: dict[str, ParameterSpec] = {}
+
+    def add(name: str, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> None:
+        specs[name] = ParameterSpec(shape, axes, config.num_layers if name.startswith("layers.") else None)
+
+    def add_norm(name: str) -> None:
+        add(f"{name}.weight", (hidden,), ("embed",))
+        if config.norm == "layer":
+            add(f"{name}.bias", (hidden,), ("embed",))
+
+    add("embed.weight", (vocab, embedding), ("vocab", "embed"))
+    if config.num_learned_positions:
+        add("position_embed.weight", (config.num_learned_positions, hidden), (None, "embed"))
+    if embedding != hidden:
+        add("embed_in.weight", (hidden, embedding), ("embed", None))
+        add("embed_out.weight", (embedding, hidden), (None, "embed"))
+    add_norm("layers.attention_norm")
+    qkv = "layers.attention.qkv"
+    add(f"{qkv}.weight", (kv_heads, groups + 2, head_dim, hidden), ("kv_heads", None, None, "embed"))
+    if config.qkv_bias:
+        add(f"{qkv}.bias", (kv_heads, groups + 2, head_dim), ("kv_heads", None, None))
+    if config.qk_norm:
+        add("layers.attention.q_norm.weight", (head_dim,), (None,))
+        add("layers.attention.k_norm.weight", (head_dim,), (None,))
+    output = "layers.attention.output"
+    add(f"{output}.weight", (hidden, kv_heads, groups, head_dim), ("embed", "kv_heads", None, None))
+    if config.output_bias:
+        add(f"{output}.bias", (hidden,), ("embed",))
+    add_norm("layers.mlp_norm")
+    if config.gated_mlp:
+        add("layers.mlp.gate_up.weight", (2, inner, hidden), (None, "mlp", "embed"))
+    else:
+        add("layers.mlp.up.weight", (inner, hidden), ("mlp", "embed"))
+    add("layers.mlp.down.weight", (hidden, inner), ("embed", "mlp"))
+    if config.mlp_bias:
+        if config.gated_mlp:
+            add("layers.mlp.gate_up.bias", (2, inner), (None, "mlp"))
+        else:
+            add("layers.mlp.up.bias", (inner,), ("mlp",))
+        add("layers.mlp.down.bias", (hidden,), ("embed",))
+    if config.final_norm:
+        add_norm("final_norm")
+    if not config.tie_word_embeddings:
+        add("lm_head.weight", (vocab, embedding), ("vocab", "embed"))
+    return specs

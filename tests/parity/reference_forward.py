@@ -1,0 +1,137 @@
+"""The forward pass of a `ModelConfig`, written out plainly in numpy: no cache, no batch, no tricks.
+
+It is the oracle for everything that reads our parameters: the translation of configs, the tables
+of tensors and the loader (against Hugging Face), and the decoder (against this).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxllm.models.config import ModelConfig, RopeConfig
+
+_erf = np.vectorize(math.erf)
+_ACTIVATIONS = {
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "relu": lambda x: np.maximum(x, 0),
+    "gelu": lambda x: 0.5 * x * (1 + _erf(x / math.sqrt(2))),
+    "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+}
+
+
+def inverse_frequencies(rope: RopeConfig, position: int) -> np.ndarray:
+    """Radians per position of each pair of dimensions, as they are used at a position.
+
+    Only `dynamic` scaling depends on the position: it follows the length of the sequence up to there,
+    as decoding with Hugging Face does.
+    """
+    dim = rope.rotary_dim
+    theta = rope.theta
+    if rope.scaling == "dynamic" and position >= rope.original_max_position:
+        ratio = rope.factor * (position + 1) / rope.original_max_position - (rope.factor - 1)
+        theta *= ratio ** (dim / (dim - 2))
+    plain = 1.0 / theta ** (np.arange(0, dim, 2) / dim)
+    if rope.scaling == "linear":
+        return plain / rope.factor
+    if rope.scaling == "llama3":
+        turns = rope.original_max_position * plain / (2 * math.pi)
+        span = rope.high_freq_factor - rope.low_freq_factor
+        keep = np.clip((turns - rope.low_freq_factor) / span, 0, 1)
+        return plain * (keep + (1 - keep) / rope.factor)
+    if rope.scaling == "yarn":
+
+        def dimension_of(turns: float) -> float:
+            return dim * math.log(rope.original_max_position / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+        low = max(math.floor(dimension_of(rope.beta_fast)), 0)
+        high = min(math.ceil(dimension_of(rope.beta_slow)), dim - 1)
+        interpolate = np.clip((np.arange(dim // 2) - low) / (high - low if high > low else 0.001), 0, 1)
+        return plain * (1 - interpolate + interpolate / rope.factor)
+    return plain
+
+
+def forward(config: ModelConfig, parameters: Mapping[str, Any], token_ids: list[int]) -> np.ndarray:
+    """Logits float64[tokens, vocabulary]; per-layer parameters are indexed by layer first."""
+    p = {
+        name: [np.asarray(x, np.float64) for x in value]
+        if name.startswith("layers.")
+        else np.asarray(value, np.float64)
+        for name, value in parameters.items()
+    }
+    length = len(token_ids)
+    positions = np.arange(length)
+
+    def get(name: str, layer: int) -> Any:
+        return p[name][layer] if name in p else 0.0
+
+    def norm(x: np.ndarray, weight: np.ndarray, bias: Any, kind: str = config.norm) -> np.ndarray:
+        if kind == "layer":
+            x = x - x.mean(-1, keepdims=True)
+        return x / np.sqrt((x * x).mean(-1, keepdims=True) + config.norm_eps) * weight + bias
+
+    def layer_norm(name: str, x: np.ndarray, layer: int) -> np.ndarray:
+        return norm(x, p[f"{name}.weight"][layer], get(f"{name}.bias", layer))
+
+    def rotate(x: np.ndarray) -> np.ndarray:
+        """x [tokens, heads, head_dim], halves paired."""
+        if config.rope is None:
+            return x
+        angles = np.stack([i * inverse_frequencies(config.rope, i) for i in positions])
+        cos = np.cos(angles)[:, None] * config.rope.attention_factor
+        sin = np.sin(angles)[:, None] * config.rope.attention_factor
+        a, b = np.split(x, 2, axis=-1)
+        return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+
+    def attention(x: np.ndarray, layer: int) -> np.ndarray:
+        groups = config.queries_per_kv_head
+        qkv = np.einsum("td,kghd->tkgh", x, p["layers.attention.qkv.weight"][layer])
+        qkv = qkv + get("layers.attention.qkv.bias", layer)
+        query, key, value = qkv[:, :, :groups], qkv[:, :, groups], qkv[:, :, groups + 1]
+        if config.qk_norm:
+            query = norm(query, p["layers.attention.q_norm.weight"][layer], 0.0, "rms")
+            key = norm(key, p["layers.attention.k_norm.weight"][layer], 0.0, "rms")
+        heads = (length, config.num_kv_heads * groups, config.head_dim)
+        query = rotate(query.reshape(heads)).reshape(query.shape)
+        scores = np.einsum("tkgh,skh->kgts", query, rotate(key)) * config.attention_scale
+        seen = positions[None] <= positions[:, None]
+        window = config.layer_windows[layer]
+        if window is not None:
+            seen &= positions[None] > positions[:, None] - window
+        scores = np.where(seen, scores, -np.inf)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        mixed = np.einsum("kgts,skh->tkgh", weights, value)
+        output = np.einsum("tkgh,dkgh->td", mixed, p["layers.attention.output.weight"][layer])
+        return output + get("layers.attention.output.bias", layer)
+
+    def mlp(x: np.ndarray, layer: int) -> np.ndarray:
+        act = _ACTIVATIONS[config.activation]
+        if config.gated_mlp:
+            both = np.einsum("td,cfd->ctf", x, p["layers.mlp.gate_up.weight"][layer])
+            bias = get("layers.mlp.gate_up.bias", layer)
+            both = both + (bias[:, None] if isinstance(bias, np.ndarray) else bias)
+            inner = act(both[0]) * both[1]
+        else:
+            inner = act(x @ p["layers.mlp.up.weight"][layer].T + get("layers.mlp.up.bias", layer))
+        return inner @ p["layers.mlp.down.weight"][layer].T + get("layers.mlp.down.bias", layer)
+
+    x = p["embed.weight"][token_ids]
+    if "embed_in.weight" in p:
+        x = x @ p["embed_in.weight"].T
+    if config.num_learned_positions:
+        x = x + p["position_embed.weight"][positions + config.learned_position_offset]
+    for layer in range(config.num_layers):
+        for name, block in (("attention", attention), ("mlp", mlp)):
+            if config.norm_placement == "pre":
+                x = x + block(layer_norm(f"layers.{name}_norm", x, layer), layer)
+            else:
+                x = layer_norm(f"layers.{name}_norm", x + block(x, layer), layer)
+    if config.final_norm:
+        x = norm(x, p["final_norm.weight"], p.get("final_norm.bias", 0.0))
+    if "embed_out.weight" in p:
+        x = x @ p["embed_out.weight"].T
+    return x @ p.get("lm_head.weight", p["embed.weight"]).T
