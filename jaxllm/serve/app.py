@@ -18,6 +18,7 @@ from starlette.responses import Response
 import jaxllm
 from jaxllm.async_engine import AsyncEngine
 from jaxllm.config import DEMO_MODEL
+from jaxllm.demo import DEMO_MODEL_NAME
 from jaxllm.errors import ConfigError, JaxLLMError
 from jaxllm.serve.chat import create_chat_completion
 from jaxllm.serve.completions import create_completion
@@ -56,7 +57,7 @@ def served_names(model: str, config: ServerConfig) -> tuple[str, ...]:
     """The names that requests may call the model by."""
     if config.served_model_name:
         return config.served_model_name
-    return ("jaxllm-demo", DEMO_MODEL) if model == DEMO_MODEL else (model,)
+    return (DEMO_MODEL_NAME, DEMO_MODEL) if model == DEMO_MODEL else (model,)
 
 
 def load_chat_template(given: str | None) -> str | None:
@@ -92,7 +93,6 @@ def build_app(
     app = FastAPI(
         title="jaxllm",
         version=jaxllm.__version__,
-        root_path=config.root_path,
         docs_url=None if config.disable_fastapi_docs else "/docs",
         redoc_url=None if config.disable_fastapi_docs else "/redoc",
         openapi_url=None if config.disable_fastapi_docs else "/openapi.json",
@@ -195,7 +195,8 @@ def _add_operator_routes(app: FastAPI, state: ServerState) -> None:
             return error_response(503, "The server is shutting down.")
         return Response(status_code=200)
 
-    app.add_api_route("/ping", health, methods=["GET", "POST"])
+    for method in ("GET", "POST"):
+        app.add_api_route("/ping", health, methods=[method], name=f"ping_{method.lower()}")
 
     @app.get("/version")
     async def version() -> Response:

@@ -104,7 +104,7 @@ class _Answer:
             if self._body.return_token_ids:
                 choice["token_ids"] = completion.token_ids
             choices.append(choice)
-        response = {**self._head, "choices": choices, "usage": self._usage.total()}
+        response: dict[str, Any] = {**self._head, "choices": choices, "usage": self._usage.total()}
         if self._body.prompt_logprobs is not None:
             response["prompt_logprobs"] = prompt_logprobs_json(final.prompt_logprobs)
         if self._body.return_token_ids:

@@ -160,6 +160,7 @@ def make_uvicorn_config(app: FastAPI, config: ServerConfig) -> uvicorn.Config:
         ssl_keyfile=config.ssl_keyfile,
         ssl_certfile=config.ssl_certfile,
         ssl_ca_certs=config.ssl_ca_certs,
+        root_path=config.root_path,
         lifespan="off",
         server_header=False,
         timeout_graceful_shutdown=_FLUSH_TIMEOUT,

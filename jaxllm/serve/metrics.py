@@ -16,6 +16,12 @@ from prometheus_client.registry import Collector
 from jaxllm.async_engine import AsyncEngine
 from jaxllm.stats import DESCRIPTIONS, PREFIX, Counter, Gauge, Histogram, snapshot_metrics
 
+_FAMILIES: dict[type, type[CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily]] = {
+    Counter: CounterMetricFamily,
+    Gauge: GaugeMetricFamily,
+    Histogram: HistogramMetricFamily,
+}
+
 
 class EngineCollector(Collector):
     """Reads the engine's statistics when somebody scrapes, and keeps nothing of its own."""
@@ -26,26 +32,21 @@ class EngineCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """All families, each with its samples."""
-        families: dict[str, CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily] = {}
+        families: dict[str, Metric] = {}
         for metric in snapshot_metrics(self._engine.stats(), self._labels):
-            names, values = list(metric.labels), list(metric.labels.values())
-            documentation = DESCRIPTIONS[metric.name.removeprefix(PREFIX)]
             family = families.get(metric.name)
-            if isinstance(metric, Counter):
-                if family is None:
-                    family = CounterMetricFamily(metric.name, documentation, labels=names)
-                family.add_metric(values, metric.value)
-            elif isinstance(metric, Gauge):
-                if family is None:
-                    family = GaugeMetricFamily(metric.name, documentation, labels=names)
-                family.add_metric(values, metric.value)
-            elif isinstance(metric, Histogram):
-                if family is None:
-                    family = HistogramMetricFamily(metric.name, documentation, labels=names)
+            if family is None:
+                documentation = DESCRIPTIONS[metric.name.removeprefix(PREFIX)]
+                family = _FAMILIES[type(metric)](metric.name, documentation, labels=list(metric.labels))
+                families[metric.name] = family
+            labels = list(metric.labels.values())
+            if isinstance(metric, Histogram):
                 assert isinstance(family, HistogramMetricFamily)
-                family.add_metric(values, buckets=list(metric.buckets.items()), sum_value=metric.sum)
-            assert family is not None
-            families[metric.name] = family
+                family.add_metric(labels, list(metric.buckets.items()), metric.sum)
+            else:
+                assert isinstance(metric, Counter | Gauge)
+                assert isinstance(family, CounterMetricFamily | GaugeMetricFamily)
+                family.add_metric(labels, metric.value)
         yield from families.values()
 
     def describe(self) -> list[Metric]:

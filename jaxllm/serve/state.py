@@ -244,14 +244,15 @@ def _process(
             error.param = body.PROMPT_FIELD
         raise
     asked = body.output_limit()
-    given = {"max_tokens", "max_completion_tokens"} & body.model_fields_set
+    name = next((n for n in ("max_completion_tokens", "max_tokens") if n in body.model_fields_set), None)
     num_prompt_tokens = len(processed.requests[0].prompt_token_ids)
-    if asked is not None and given and num_prompt_tokens + asked > state.max_model_len:
+    room = state.max_model_len - num_prompt_tokens
+    # A limit that nobody asked for, such as the default of 16, gives way to the room there is.
+    if asked is not None and asked > room and name is not None:
         raise InvalidRequestError(
-            f"This model's maximum context length is {state.max_model_len} tokens, and the request asks for"
-            f" {asked} output tokens after a prompt of {num_prompt_tokens}. Ask for at most"
-            f" {state.max_model_len - num_prompt_tokens}, or shorten the prompt.",
-            param="max_completion_tokens" if "max_completion_tokens" in given else "max_tokens",
+            f"Field '{name}' is {asked}: this model's maximum context length is {state.max_model_len} tokens,"
+            f" of which the prompt takes {num_prompt_tokens}. Ask for at most {room}, or shorten the prompt.",
+            param=name,
         )
     return processed
 

@@ -116,12 +116,11 @@ async def merge(generations: Sequence[Generation]) -> AsyncIterator[tuple[int, R
             done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             for task in sorted(done, key=waiting.__getitem__):
                 index = waiting.pop(task)
-                output = task.result()
-                if output is None:
-                    continue
-                raise_if_failed(output)
-                waiting[asyncio.ensure_future(anext(generations[index].stream, None))] = index
-                yield index, output
+                following = task.result()
+                if following is not None:
+                    raise_if_failed(following)
+                    waiting[asyncio.ensure_future(anext(generations[index].stream, None))] = index
+                    yield index, following
     finally:
         for task in waiting:
             task.cancel()
