@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes  # noqa: F401  (teaches numpy bfloat16)
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
