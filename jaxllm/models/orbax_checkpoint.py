@@ -100,9 +100,11 @@ def _checkpointer() -> Any:
 
 def _stored_shapes(checkpointer: Any, directory: Path) -> dict[str, tuple[int, ...]]:
     """Shape of every stored array; those of layers are named `parameter/layer`."""
-    tree = checkpointer.metadata(directory).item_metadata.tree
+    metadata = checkpointer.metadata(directory).item_metadata
+    if metadata is None:
+        raise ValueError("its metadata are missing or cannot be read")
     shapes = {}
-    for name, value in tree.items():
+    for name, value in metadata.tree.items():
         if isinstance(value, Mapping):
             shapes.update({f"{name}/{layer}": tuple(leaf.shape) for layer, leaf in value.items()})
         else:

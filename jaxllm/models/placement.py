@@ -48,18 +48,20 @@ class Placer:
         """All layers of a parameter as one array [layers, ...], filled a layer at a time in place."""
         shape = (spec.num_layers or 0, *spec.shape)
         regions = dict(regions_by_device(sharding, shape))
-        stacks = {
-            device: jnp.zeros([stop - start for start, stop in region], self._dtype, device=device)
-            for device, region in regions.items()
-        }
+        stacks = {device: _Stack(device, region, self._dtype) for device, region in regions.items()}
         for layer in range(shape[0]):
             parts: dict[Region, np.ndarray] = {}
             for device, ((first, last), *rest) in regions.items():
                 if first <= layer < last:
-                    part = self._put(self._read(name, layer, tuple(rest), parts), device)
-                    stacks[device] = set_layer(stacks[device], part, np.int32(layer - first))
+                    stack = stacks[device]
+                    if stack.on_host is not None:
+                        self._source.read(name, layer, tuple(rest), stack.on_host[layer - first])
+                    else:
+                        part = self._put(self._read(name, layer, tuple(rest), parts), device)
+                        stack.set_layer(part, layer - first)
             self._report(math.prod(spec.shape) * self._dtype.itemsize)
-        return jax.make_array_from_single_device_arrays(shape, sharding, list(stacks.values()))
+        arrays = [stack.finish() for stack in stacks.values()]
+        return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
     def _read(
         self, name: str, layer: int | None, region: Region, parts: dict[Region, np.ndarray]
@@ -76,6 +78,33 @@ class Placer:
         if len(self._transfers) > _TRANSFERS:
             self._transfers.popleft().block_until_ready()
         return array
+
+
+class _Stack:
+    """One device's part of a stacked parameter while it is being filled.
+
+    Where the device's memory is the host's, layers are written straight into it; elsewhere each
+    goes over by itself and is put into the stack there, so that the host never holds a stack.
+    """
+
+    def __init__(self, device: jax.Device, region: Region, dtype: np.dtype[Any]) -> None:
+        shape = [stop - start for start, stop in region]
+        self._device = device
+        self.on_host = _aligned_empty(shape, dtype) if _shares_host_memory(device) else None
+        self._on_device = None if self.on_host is not None else jnp.zeros(shape, dtype, device=device)
+
+    def set_layer(self, part: jax.Array, layer: int) -> None:
+        assert self._on_device is not None
+        self._on_device = set_layer(self._on_device, part, np.int32(layer))
+
+    def finish(self) -> jax.Array:
+        if self._on_device is None:
+            return jax.device_put(self.on_host, self._device)
+        return self._on_device
+
+
+def _shares_host_memory(device: jax.Device) -> bool:
+    return device.platform == "cpu"
 
 
 @functools.partial(jax.jit, donate_argnums=0)

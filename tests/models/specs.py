@@ -16,9 +16,9 @@ def make_specs(config: ModelConfig) -> dict[str, ParameterSpec]:
         specs[name] = ParameterSpec(shape, axes, config.num_layers if name.startswith("layers.") else None)
 
     def add_norm(name: str) -> None:
-        add(f"{name}.weight", (hidden,), ("embed",))
+        add(f"{name}.weight", (hidden,), (None,))
         if config.norm == "layer":
-            add(f"{name}.bias", (hidden,), ("embed",))
+            add(f"{name}.bias", (hidden,), (None,))
 
     add("embed.weight", (vocab, embedding), ("vocab", "embed"))
     if config.num_learned_positions:

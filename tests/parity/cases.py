@@ -89,10 +89,14 @@ CASES: dict[str, Case] = {
     "llama-mqa-wide-heads": _case(_LLAMA, num_key_value_heads=1, head_dim=14, rope_theta=500000.0),
     "llama-biases": _case(_LLAMA, attention_bias=True, mlp_bias=True, hidden_act="gelu"),
     "llama-linear": _case(_LLAMA, rope_scaling={"type": "linear", "factor": 4.0}),
-    # The prompt ends within the training context and the output goes on beyond it: there, Hugging
-    # Face's frequencies follow the length at each position.
+    # Hugging Face's frequencies follow the length of the sequence when a token is computed: here the
+    # prompt ends within the training context and the output goes on beyond it, ...
     "llama-dynamic": _case(
         _LLAMA, 25, max_position_embeddings=32, rope_scaling={"rope_type": "dynamic", "factor": 4.0}
+    ),
+    # ... and here the prompt itself is longer.
+    "llama-dynamic-long-prompt": _case(
+        _LLAMA, 50, max_position_embeddings=32, rope_scaling={"rope_type": "dynamic", "factor": 4.0}
     ),
     "llama-llama3": _case(
         _LLAMA,

@@ -23,16 +23,15 @@ _ACTIVATIONS = {
 }
 
 
-def inverse_frequencies(rope: RopeConfig, position: int) -> np.ndarray:
-    """Radians per position of each pair of dimensions, as they are used at a position.
+def inverse_frequencies(rope: RopeConfig, length: int) -> np.ndarray:
+    """Radians per position of each pair of dimensions.
 
-    Only `dynamic` scaling depends on the position: it follows the length of the sequence up to there,
-    as decoding with Hugging Face does.
+    Only `dynamic` scaling depends on the length: that of the sequence when the token was computed.
     """
     dim = rope.rotary_dim
     theta = rope.theta
-    if rope.scaling == "dynamic" and position >= rope.original_max_position:
-        ratio = rope.factor * (position + 1) / rope.original_max_position - (rope.factor - 1)
+    if rope.scaling == "dynamic" and length > rope.original_max_position:
+        ratio = rope.factor * length / rope.original_max_position - (rope.factor - 1)
         theta *= ratio ** (dim / (dim - 2))
     plain = 1.0 / theta ** (np.arange(0, dim, 2) / dim)
     if rope.scaling == "linear":
@@ -54,8 +53,14 @@ def inverse_frequencies(rope: RopeConfig, position: int) -> np.ndarray:
     return plain
 
 
-def forward(config: ModelConfig, parameters: Mapping[str, Any], token_ids: list[int]) -> np.ndarray:
-    """Logits float64[tokens, vocabulary]; per-layer parameters are indexed by layer first."""
+def forward(
+    config: ModelConfig, parameters: Mapping[str, Any], token_ids: list[int], prompt_length: int | None = None
+) -> np.ndarray:
+    """Logits float64[tokens, vocabulary]; per-layer parameters are indexed by layer first.
+
+    The first `prompt_length` tokens (None is all of them) are computed at once, the others one by
+    one; with dynamic rope scaling it makes a difference.
+    """
     p = {
         name: [np.asarray(x, np.float64) for x in value]
         if name.startswith("layers.")
@@ -80,7 +85,8 @@ def forward(config: ModelConfig, parameters: Mapping[str, Any], token_ids: list[
         """x [tokens, heads, head_dim], halves paired."""
         if config.rope is None:
             return x
-        angles = np.stack([i * inverse_frequencies(config.rope, i) for i in positions])
+        start = length if prompt_length is None else prompt_length
+        angles = np.stack([i * inverse_frequencies(config.rope, max(start, i + 1)) for i in positions])
         cos = np.cos(angles)[:, None] * config.rope.attention_factor
         sin = np.sin(angles)[:, None] * config.rope.attention_factor
         a, b = np.split(x, 2, axis=-1)

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from jaxllm.models.decoder import parameter_specs
 from jaxllm.models.families import translate_config
 from jaxllm.models.hub import read_config
 from jaxllm.models.loader import load_parameters
-from tests.models.specs import make_specs
 from tests.parity import engine
 from tests.parity.cases import CASES
 from tests.parity.checkpoints import NUM_GREEDY_TOKENS, write_checkpoint
@@ -45,12 +45,11 @@ def test_parameters_compute_what_hugging_face_does(name: str, tmp_path: Path) ->
     golden = read_golden(name)
     directory = checkpoint(golden, tmp_path)
     config = translate_config(read_config(directory))
-    parameters = load_parameters(directory, config, make_specs(config), dtype="float32")
+    parameters = load_parameters(directory, config, parameter_specs(config), dtype="float32")
     tokens = golden["prompt"] + golden["greedy"]
-    logits = forward(config, parameters, tokens)
-    logprobs = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
-
     num_prompt = len(golden["prompt"])
+    logits = forward(config, parameters, tokens, num_prompt)
+    logprobs = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
     got = [logprobs[i, token] for i, token in enumerate(tokens[1:num_prompt])]
     np.testing.assert_allclose(got, golden["prompt_logprobs"], atol=TOLERANCE, rtol=0)
     assert logits[num_prompt - 1 : -1].argmax(-1).tolist() == golden["greedy"]
