@@ -10,6 +10,7 @@ import socket
 import stat
 import sys
 import time
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
@@ -30,7 +31,15 @@ logger = logging.getLogger("jaxllm.serve")
 _FLUSH_TIMEOUT = 5
 
 
-def launch(arguments: ServeArguments) -> int:
+def load_engine(config: EngineConfig) -> AsyncEngine:
+    """The engine, loaded and on its own thread."""
+    # JAX takes a second to import: not before the port is ours.
+    from jaxllm.engine import Engine
+
+    return AsyncEngine(Engine.from_config(config))
+
+
+def launch(arguments: ServeArguments, load: Callable[[EngineConfig], AsyncEngine] = load_engine) -> int:
     """Load the model and serve until a signal says stop; returns the exit status."""
     configure_logging()
     names = served_names(arguments.engine.model, arguments.server)
@@ -43,7 +52,9 @@ def launch(arguments: ServeArguments) -> int:
         return _refuse(error)
     with contextlib.closing(listener):
         try:
-            engine = _load(arguments.engine)
+            started = time.monotonic()
+            engine = load(arguments.engine)
+            logger.info("The engine is ready after %.1f s.", time.monotonic() - started)
         except JaxLLMError as error:
             return _refuse(error)
         except KeyboardInterrupt:
@@ -75,16 +86,6 @@ def configure_logging() -> None:
         root.propagate = False
     if root.level == logging.NOTSET:
         root.setLevel(logging.INFO)
-
-
-def _load(config: EngineConfig) -> AsyncEngine:
-    started = time.monotonic()
-    # JAX takes a second to import: not before the port is ours.
-    from jaxllm.engine import Engine
-
-    engine = AsyncEngine(Engine.from_config(config))
-    logger.info("The engine is ready after %.1f s.", time.monotonic() - started)
-    return engine
 
 
 def bind(config: ServerConfig) -> socket.socket:
