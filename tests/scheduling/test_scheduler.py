@@ -239,6 +239,21 @@ def test_nobody_waits_for_a_page_that_nobody_computes() -> None:
     server.run()
 
 
+def test_nobody_is_held_back_for_longer_than_a_page_can_take() -> None:
+    server = Server(make_config(policy="priority", long_prefill_token_threshold=1))
+    first = make_request("first", tokens(12), max_tokens=1, priority=0)
+    second = make_request("second", tokens(12), max_tokens=1, priority=0, prompt_logprobs=1)
+    server.add(first)
+    server.add(make_request("patient", tokens(12), max_tokens=1, priority=1))
+    for position in range(3):
+        assert rows(server.step()) == [("first", position, 1, False)]
+    server.scheduler.finish(first, RequestStatus.FINISHED_ABORTED)
+    server.add(second)
+    assert rows(server.step()) == [("second", 0, 1, False)]
+    assert rows(server.step()) == [("second", 1, 1, False), ("patient", 0, 1, False)]
+    server.run()
+
+
 @pytest.mark.parametrize("caching", [False, True])
 def test_sequences_of_one_request_share_its_prompt(caching: bool) -> None:
     server = Server(make_config(enable_prefix_caching=caching))
@@ -410,9 +425,10 @@ def test_a_preempted_request_can_stop_by_its_token_in_flight() -> None:
 
 
 def test_a_prompt_is_not_started_on_pages_that_a_running_prompt_will_need() -> None:
-    server = Server(make_config(num_pages=17, max_num_batched_tokens=8))
+    server = Server(make_config(num_pages=17, max_num_batched_tokens=8, long_prefill_token_threshold=4))
     server.add(make_request("a", tokens(50), max_tokens=1))
-    server.add(make_request("b", tokens(20, 1), max_tokens=1))
+    server.add(make_request("b", tokens(20, 1), max_tokens=30))
+    assert rows(server.step()) == [("a", 0, 4, False)]  # 13 of the 16 pages will be its own
     server.run()
     assert server.scheduler.num_preemptions == 0
 
