@@ -24,6 +24,7 @@ from jaxllm.serve.app import build_app, load_chat_template, served_names
 from jaxllm.serve.arguments import ServeArguments
 from jaxllm.serve.config import ServerConfig
 from jaxllm.serve.state import ServerState
+from jaxllm.serve.throughput_log import ThroughputLog
 
 logger = logging.getLogger("jaxllm.serve")
 
@@ -214,6 +215,7 @@ class DrainingServer(uvicorn.Server):
         super().__init__(config)
         self._state = state
         self._announcement = announcement
+        self._throughput_log = ThroughputLog()
         self._stop_requested = False
         self._draining: asyncio.Task[None] | None = None
 
@@ -237,7 +239,9 @@ class DrainingServer(uvicorn.Server):
         self._stop_requested = True
 
     async def on_tick(self, counter: int) -> bool:
-        """Begin draining where a signal asked for it."""
+        """Ten times a second: begin draining where a signal asked for it, and keep the log."""
+        if not self._state.engine.engine.config.disable_log_stats:
+            self._throughput_log.tick(self._state.engine.stats)
         if self._stop_requested and self._draining is None:
             self._draining = asyncio.create_task(self._drain())
         return await super().on_tick(counter)

@@ -5,6 +5,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import jaxllm
 from jaxllm.serve.config import ServerConfig
+from jaxllm.serve.throughput_log import ThroughputLog
 from jaxllm.stats import (
     DESCRIPTIONS,
     Counter,
@@ -199,3 +200,26 @@ def test_requests_are_logged_where_asked_for(caplog: pytest.LogCaptureFixture) -
     assert "'Hello'" in line
     assert "World" not in line
     assert "temperature=0.125" in line
+
+
+def test_the_throughput_log_speaks_when_there_is_something_to_say(caplog: pytest.LogCaptureFixture) -> None:
+    now = 100.0
+    stats = EngineStats()
+    log = ThroughputLog(interval=10, clock=lambda: now)
+    with caplog.at_level("INFO"):
+        stats.generation_tokens = 500
+        log.tick(lambda: stats)
+        assert caplog.messages == []
+        now = 120.0
+        stats.prompt_tokens, stats.prefix_cache_queries, stats.prefix_cache_hits = 1000, 400, 100
+        log.tick(lambda: stats)
+        (line,) = caplog.messages
+        for words in ("Prompt 50.0", "generation 25.0", "prefix cache hits 25.0 %"):
+            assert words in line
+        now = 140.0
+        log.tick(lambda: stats)
+        assert len(caplog.messages) == 1
+        now, stats.num_requests_waiting = 160.0, 3
+        log.tick(lambda: stats)
+        assert "3 waiting" in caplog.messages[1]
+        assert "generation 0.0" in caplog.messages[1]

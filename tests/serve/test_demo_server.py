@@ -1,0 +1,243 @@
+"""The whole thing, as a newcomer starts it: `python -m jaxllm.serve`, the demo model, the official client."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.serve.fake_engine import wait_until
+from tests.serve.test_server import free_port
+
+ROOT = Path(__file__).parent.parent.parent
+QUESTION = [{"role": "user", "content": "Who are you?"}]
+
+
+class DemoServer:
+    def __init__(self) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        flags = [
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+            "--max-model-len",
+            "1k",
+            "--max-num-seqs",
+            "16",
+        ]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "jaxllm.serve", *flags],
+            cwd=ROOT,
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.lines: list[str] = []
+        self.reader = threading.Thread(target=self._read)
+        self.reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        self.lines.extend(iter(self.process.stdout.readline, ""))
+
+    @property
+    def output(self) -> str:
+        return "".join(self.lines)
+
+    def metrics(self) -> dict[str, float]:
+        families = text_string_to_metric_families(httpx.get(f"{self.url}/metrics").text)
+        samples = [sample for family in families for sample in family.samples]
+        values: dict[str, float] = {}
+        for sample in samples:
+            if not sample.name.endswith("_bucket"):
+                values[sample.name] = values.get(sample.name, 0) + sample.value
+        return values
+
+    def idle(self) -> bool:
+        now = self.metrics()
+        return now["jaxllm:num_requests_running"] == now["jaxllm:num_requests_waiting"] == 0
+
+
+@pytest.fixture(scope="module")
+def demo() -> Iterator[DemoServer]:
+    server = DemoServer()
+    try:
+        wait_until(lambda: "curl" in server.output or server.process.poll() is not None, 120)
+        assert server.process.poll() is None, server.output
+        wait_until(lambda: _answers(server.url), 20)
+        yield server
+        # Every test left it idle and alive; a signal ends it well.
+        assert httpx.get(f"{server.url}/health").status_code == 200
+        wait_until(server.idle)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(30) == 0, server.output
+        assert "Traceback" not in server.output
+    finally:
+        server.process.kill()
+        server.process.wait()
+        server.reader.join(5)
+        assert server.process.stdout is not None
+        server.process.stdout.close()
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health").status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def client(demo: DemoServer) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{demo.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+        yield client
+
+
+def ask(client: openai.OpenAI, **fields: Any) -> Any:
+    arguments = {"model": "jaxllm-demo", "messages": QUESTION, "temperature": 0, "max_tokens": 60, **fields}
+    return client.chat.completions.create(**arguments)
+
+
+def test_the_banner_says_that_it_is_a_demo(demo: DemoServer) -> None:
+    assert "tiny demo model" in demo.output
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="the banner's command needs curl")
+def test_the_command_of_the_banner_works_as_pasted(demo: DemoServer) -> None:
+    match = re.search(r"curl (.*?)\n\s*\n", demo.output + "\n\n", re.S)
+    assert match is not None
+    command = shlex.split(match[0].replace("\\\n", " "))
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert json.loads(result.stdout)["choices"][0]["message"]["content"]
+
+
+def test_it_says_who_it_is(client: openai.OpenAI) -> None:
+    answer = ask(client).choices[0]
+    assert "demo" in answer.message.content.lower()
+    assert answer.finish_reason == "stop"
+
+
+def test_a_stream_says_the_same(client: openai.OpenAI) -> None:
+    whole = ask(client)
+    *chunks, last = list(ask(client, stream=True, stream_options={"include_usage": True}))
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == whole.choices[0].message.content
+    assert last.usage == whole.usage.model_copy()
+
+
+def test_seeded_samples_repeat_and_n_differ(client: openai.OpenAI) -> None:
+    fields: dict[str, Any] = {"temperature": 1.5, "n": 4, "seed": 7, "max_tokens": 24}
+    first, again = (ask(client, **fields) for _ in range(2))
+    said = [choice.message.content for choice in first.choices]
+    assert said == [choice.message.content for choice in again.choices]
+    assert len(set(said)) > 1
+
+
+def test_logprobs_of_an_echo_are_those_of_the_generation(client: openai.OpenAI) -> None:
+    fields: dict[str, Any] = {"model": "jaxllm-demo", "temperature": 0, "logprobs": 2}
+    prompt = "jaxllm is"
+    written = client.completions.create(
+        prompt=prompt, max_tokens=12, extra_body={"return_token_ids": True, "ignore_eos": True}, **fields
+    ).choices[0]
+    assert written.logprobs is not None
+    ids = [*written.prompt_token_ids, *written.token_ids]  # type: ignore[attr-defined]
+    scored = client.completions.create(prompt=ids, max_tokens=0, echo=True, **fields).choices[0]
+    assert scored.logprobs is not None
+    count = len(written.token_ids)  # type: ignore[attr-defined]
+    assert scored.logprobs.token_logprobs is not None
+    assert scored.logprobs.token_logprobs[-count:] == pytest.approx(written.logprobs.token_logprobs, abs=1e-3)
+    assert scored.logprobs.tokens[-count:] == written.logprobs.tokens  # type: ignore[index]
+
+
+def test_batched_prompts_answer_like_single_ones(client: openai.OpenAI) -> None:
+    prompts = ["jaxllm is", "The capital of France", "One, two, three", "Once upon a time"]
+    fields: dict[str, Any] = {"model": "jaxllm-demo", "temperature": 0, "max_tokens": 16}
+    together = client.completions.create(prompt=prompts, **fields)
+    alone = [client.completions.create(prompt=prompt, **fields).choices[0].text for prompt in prompts]
+    assert [choice.text for choice in together.choices] == alone
+
+
+def test_stop_strings(client: openai.OpenAI) -> None:
+    whole = ask(client).choices[0].message.content
+    stop = whole[len(whole) // 2 : len(whole) // 2 + 4]
+    cut = ask(client, stop=[stop]).choices[0]
+    assert cut.message.content == whole[: whole.index(stop)]
+    assert cut.stop_reason == stop
+
+
+def test_forty_clients_at_once(demo: DemoServer, client: openai.OpenAI) -> None:
+    expected = ask(client).choices[0].message.content
+
+    async def one(asynchronous: openai.AsyncOpenAI, stream: bool) -> str:
+        arguments: dict[str, Any] = {
+            "model": "jaxllm-demo",
+            "messages": QUESTION,
+            "temperature": 0,
+            "max_tokens": 60,
+        }
+        if not stream:
+            return (await asynchronous.chat.completions.create(**arguments)).choices[0].message.content or ""
+        chunks = await asynchronous.chat.completions.create(stream=True, **arguments)
+        return "".join([chunk.choices[0].delta.content or "" async for chunk in chunks])
+
+    async def main() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{demo.url}/v1", api_key="none", timeout=120) as asynchronous:
+            return await asyncio.gather(*(one(asynchronous, i % 2 == 0) for i in range(40)))
+
+    assert asyncio.run(main()) == [expected] * 40
+
+
+def test_a_client_that_leaves_frees_the_engine(demo: DemoServer) -> None:
+    body = {"prompt": "Once upon a time", "max_tokens": 900, "ignore_eos": True, "stream": True}
+    before = demo.metrics()["jaxllm:generation_tokens_total"]
+    with httpx.stream("POST", f"{demo.url}/v1/completions", json=body) as response:
+        next(response.iter_lines())
+    wait_until(demo.idle)
+    assert demo.metrics()["jaxllm:generation_tokens_total"] - before < 900
+
+
+def test_what_the_engine_refuses_it_survives(client: openai.OpenAI) -> None:
+    before = ask(client).choices[0].message.content
+    for fields in (
+        {"prompt": "word " * 2000},
+        {"prompt": [10**6]},
+        {"prompt": ""},
+        {"prompt": "a", "temperature": 3},
+        {"prompt": "a", "max_tokens": 2000},
+    ):
+        with pytest.raises(openai.BadRequestError):
+            client.completions.create(model="jaxllm-demo", **fields)  # type: ignore[call-overload]
+    assert ask(client).choices[0].message.content == before
+
+
+def test_metrics_count(demo: DemoServer, client: openai.OpenAI) -> None:
+    before = demo.metrics()
+    usage = ask(client).usage
+    wait_until(
+        lambda: demo.metrics()["jaxllm:request_success_total"] > before["jaxllm:request_success_total"]
+    )
+    after = demo.metrics()
+    grown = {name: after[name] - before.get(name, 0) for name in after}
+    assert grown["jaxllm:prompt_tokens_total"] == usage.prompt_tokens
+    assert grown["jaxllm:generation_tokens_total"] == usage.completion_tokens
+    assert grown["jaxllm:request_success_total"] == 1
+    for name in ("time_to_first_token", "e2e_request_latency", "request_queue_time", "request_decode_time"):
+        assert grown[f"jaxllm:{name}_seconds_count"] == 1, name
+    assert grown["jaxllm:inter_token_latency_seconds_count"] == usage.completion_tokens - 1
