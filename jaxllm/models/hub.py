@@ -33,7 +33,7 @@ def resolve_model(name: str, revision: str | None = None, download_dir: str | No
 
         return Path(demo_model_path())
     path = Path(name).expanduser()
-    if path.exists():
+    if name and path.exists():
         return _checked_directory(path)
     if not name or _is_path(name):
         raise ModelNotFoundError(

@@ -271,7 +271,10 @@ def test_how_far_a_scaling_reaches(scaling: Any, positions: int) -> None:
         ({"rope_type": "linear", "factor": 0.5}, "factor.*at least 1"),
         ({"rope_type": "linear", "factor": "2"}, "factor.*number"),
         ({"rope_type": "linear", "factor": math.inf}, "factor.*number"),
-        ({"rope_type": "llama3", "factor": 2, "low_freq_factor": 4, "high_freq_factor": 1}, "low_freq_factor=4"),
+        (
+            {"rope_type": "llama3", "factor": 2, "low_freq_factor": 4, "high_freq_factor": 1},
+            "low_freq_factor=4",
+        ),
         ({"rope_type": "yarn", "factor": 2, "truncate": False}, "truncate=False"),
         ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ("linear", "an object or null"),

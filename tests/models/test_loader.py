@@ -209,7 +209,9 @@ def test_a_truncated_file_is_told_wherever_it_ends(tmp_path: Path, keep: int) ->
     write_model(tmp_path, llama_tensors())
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is truncated or corrupt.*download it again"):
+    with pytest.raises(
+        CheckpointError, match=r"model\.safetensors is truncated or corrupt.*download it again"
+    ):
         load(tmp_path)
 
 
