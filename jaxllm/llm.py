@@ -299,8 +299,9 @@ class LLM:
     def shutdown(self) -> None:
         """Abort what is enqueued, and let go of the engine and its device memory."""
         with self._lock:
-            if self._engine is not None and self._enqueued:
-                self._engine.abort(self._enqueued)
+            if self._engine is not None:
+                self._abort(self._enqueued)
+                self._engine.shutdown()
             self._engine = None
             self._enqueued, self._finished = [], {}
 

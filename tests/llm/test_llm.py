@@ -411,6 +411,7 @@ def test_shutdown_ends_it() -> None:
         assert same is llm
         llm.enqueue(PROMPTS, GREEDY)
     assert not engine.has_unfinished_requests()
+    assert engine.is_shut_down
     for call in (lambda: llm.generate(PROMPTS), lambda: llm.get_metrics(), lambda: llm.model_config):
         with pytest.raises(EngineDeadError, match="shut down"):
             call()

@@ -135,6 +135,9 @@ class TinyEngine:
     def stop_profile(self) -> None:
         self.profiled = f"{self.profiled}, done"
 
+    def shutdown(self) -> None:
+        self.is_shut_down = True
+
     def _execute(self, plan: Plan) -> StepResult:
         result = StepResult([], [])
         vocab_size = self.model_config.vocab_size
