@@ -58,13 +58,12 @@ class SafetensorsSource:
         expected = dict(_expected_tensors(self._specs, table))
         tensors = {name: self._checkpoint.tensors[stored] for name, stored in self._names.items()}
         ignored = re.compile("|".join(f"(?:{pattern})" for pattern in table.ignored) or r"(?!)")
-        tied, original = table.tied or (None, None)
         problems = {
             "missing": [name for name in expected if name not in tensors],
             "not part of this model": [
                 name
                 for name in tensors
-                if name not in expected and name != tied and not ignored.fullmatch(name)
+                if name not in expected and name not in (table.tied or ()) and not ignored.fullmatch(name)
             ],
             "misshapen": [
                 f"{name} is {list(tensors[name].shape)}, expected {list(shape)}"
@@ -89,7 +88,10 @@ class SafetensorsSource:
                 f"{self._checkpoint.directory} does not hold the weights of this {config.architecture}. "
                 f"Tensors {'; tensors '.join(found)}. {advice}"
             )
-        if tied in tensors and not self._checkpoint.equal(self._names[tied], self._names[original]):
+        if table.tied is None or table.tied[0] not in tensors:
+            return
+        tied, original = table.tied
+        if not self._checkpoint.equal(self._names[tied], self._names[original]):
             raise CheckpointError(
                 f"config.json of {self._checkpoint.directory} says that {tied} and {original} are one tensor "
                 "(tie_word_embeddings), but the checkpoint holds two different ones; give "

@@ -139,7 +139,8 @@ def opt_table(config: ModelConfig) -> CheckpointTable:
         table.add("project_in.weight", "embed_in.weight", "d e")
         table.add("project_out.weight", "embed_out.weight", "e d")
     table.linear(f"{layer}.self_attn_layer_norm", "layers.attention_norm", "d", "d")
-    for name, part in (("q_proj", 0), ("k_proj", table.key), ("v_proj", table.value)):
+    heads: tuple[tuple[str, int], ...] = (("q_proj", 0), ("k_proj", table.key), ("v_proj", table.value))
+    for name, part in heads:
         bias = "(k h) -> k h" if config.qkv_bias else None
         table.linear(
             f"{layer}.self_attn.{name}", "layers.attention.qkv", "(k h) d -> k h d", bias, (slice(None), part)

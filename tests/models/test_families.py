@@ -322,7 +322,7 @@ def test_unknown_architectures_list_the_supported(architectures: Any) -> None:
     ],
 )
 def test_fields_that_change_the_computation_are_refused_by_name(field: dict[str, Any]) -> None:
-    [(name, value)] = field.items()
+    [name] = field
     with pytest.raises(UnsupportedModelError, match=name):
         translate_config({**LLAMA, **field})
     if name in ("final_logit_softcapping", "num_experts"):

@@ -136,7 +136,8 @@ for source in ("in", "out"):
             parameters = load(path / source, mesh=mesh, stack_layers=stack)
             assert_same(parameters, expected(tensors))
             for name, spec in SPECS.items():
-                for array in [parameters[name]] if isinstance(parameters[name], jax.Array) else parameters[name]:
+                arrays = parameters[name]
+                for array in [arrays] if isinstance(arrays, jax.Array) else arrays:
                     layered = stack and spec.num_layers is not None
                     axes = ("layers", *spec.axes) if layered else spec.axes
                     want = named_sharding(mesh, axes, array.shape, name)
