@@ -359,6 +359,7 @@ class AsyncEngine:
                 if outputs:
                     self._publish(outputs)
             self._abort(list(self._streams))
+            self.engine.shutdown()
         except BaseException as error:
             self._die(error)
 

@@ -75,6 +75,7 @@ class FakeEngine:
         self.threads: set[int] = set()
         self.num_steps = 0
         self.resets = 0
+        self.is_shut_down = False
         self._outputs = OutputProcessor(self.tokenizer)
         self._running: list[Request] = []
         self._scripts: dict[str, list[int]] = {}
@@ -175,6 +176,9 @@ class FakeEngine:
     def stats(self) -> EngineStats:
         self._stats.num_requests_running = len(self._running)
         return self._stats
+
+    def shutdown(self) -> None:
+        self.is_shut_down = True
 
     def reset_prefix_cache(self) -> bool:
         self.threads.add(threading.get_ident())

@@ -226,6 +226,7 @@ def test_draining_lets_requests_finish_and_refuses_new_ones() -> None:
         outputs = asyncio.run(main(engine, fake))
     assert texts(outputs) == REPLY
     assert fake.aborted == []
+    assert fake.is_shut_down
 
 
 def test_what_outlasts_the_drain_is_aborted() -> None:
