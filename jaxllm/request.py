@@ -58,6 +58,7 @@ class Request:
         num_computed_tokens: positions whose keys and values are in the cache, or will be once
             the steps in flight have run.
         first_scheduled_time: when a plan first held it, in seconds of `time.monotonic()`; set by the engine.
+        first_token_time, last_token_time: when the host knew its first and its newest token; set by the engine.
         num_cached_tokens: prompt tokens found in the prefix cache at the first admission.
         pages: page ids holding positions [0, len(pages) * page_size), in order; while the
             request runs the list only grows.
@@ -82,6 +83,8 @@ class Request:
     num_cached_tokens: int = 0
     num_preemptions: int = 0
     first_scheduled_time: float | None = None
+    first_token_time: float | None = None
+    last_token_time: float | None = None
     pages: list[int] = field(default_factory=list)
     stop_reason: int | str | None = None
 

@@ -8,8 +8,11 @@ Recording costs a bisection per observation; nothing is formatted before somebod
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+
+from jaxllm.request import Request
+from jaxllm.scheduling.plan import Plan, RequestUpdate
 
 PREFIX = "jaxllm:"
 
@@ -326,3 +329,49 @@ def _snapshot(stats: EngineStats, labels: dict[str, str]) -> Iterator[Metric]:
     yield histogram("request_inference_time_seconds", stats.inference_time)
     yield histogram("request_prefill_time_seconds", stats.prefill_time)
     yield histogram("request_decode_time_seconds", stats.decode_time)
+
+
+def record_step(stats: EngineStats, plan: Plan, updates: Sequence[RequestUpdate], now: float) -> None:
+    """Count what one applied step brought; notes on the requests when their tokens came.
+
+    Args:
+        now: when the step's tokens were known, seconds of `time.monotonic()`.
+    """
+    prompt_tokens = generation_tokens = 0
+    gaps = []
+    for update in updates:
+        request = update.request
+        if update.new_token_ids:
+            generation_tokens += len(update.new_token_ids)
+            if request.last_token_time is None:
+                request.first_token_time = now
+                prompt_tokens += request.num_prompt_tokens
+                stats.time_to_first_token.observe(now - request.arrival_time)
+            else:
+                gaps.append(now - request.last_token_time)
+            request.last_token_time = now
+        if request.status.is_finished:
+            record_end(stats, request, now)
+    stats.inter_token_latency.observe_many(gaps)
+    stats.record_step(
+        num_tokens=plan.num_tokens, prompt_tokens=prompt_tokens, generation_tokens=generation_tokens
+    )
+
+
+def record_end(stats: EngineStats, request: Request, now: float) -> None:
+    """Count a sequence that ended."""
+    is_first = request.group_id is None or request.request_id == f"0_{request.group_id}"
+    stats.record_finished(
+        FinishedRequestStats.from_times(
+            finish_reason=request.status.finish_reason or "abort",
+            num_prompt_tokens=request.num_prompt_tokens,
+            num_generation_tokens=len(request.token_ids) - request.num_prompt_tokens,
+            max_tokens=request.max_tokens,
+            n=request.sampling_params.n if is_first else None,
+            arrival_time=request.arrival_time,
+            first_scheduled_time=request.first_scheduled_time,
+            first_token_time=request.first_token_time,
+            last_token_time=request.last_token_time,
+            finished_time=now,
+        )
+    )

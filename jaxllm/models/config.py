@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
@@ -92,3 +92,7 @@ class ModelConfig:
     @property
     def queries_per_kv_head(self) -> int:
         return self.num_heads // self.num_kv_heads
+
+    def without_windows(self) -> ModelConfig:
+        """The same model with full attention in every layer."""
+        return replace(self, layer_windows=(None,) * self.num_layers)

@@ -1,0 +1,222 @@
+"""The engine: requests in, outputs out. `step` is the main loop's one turn."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+
+from jaxllm.config import EngineConfig, SchedulerConfig
+from jaxllm.errors import ConfigError
+from jaxllm.execution.build import build_runner
+from jaxllm.execution.platform import current_platform
+from jaxllm.execution.resolve import resolve
+from jaxllm.execution.runner import PendingResult, Runner
+from jaxllm.input_processor import InputProcessor
+from jaxllm.inputs import PromptType
+from jaxllm.models.config import ModelConfig
+from jaxllm.models.families import translate_config
+from jaxllm.models.hub import read_config, read_generation_config, resolve_model
+from jaxllm.output_processor import OutputProcessor
+from jaxllm.outputs import RequestOutput
+from jaxllm.request import Request, RequestStatus
+from jaxllm.sampling_params import SamplingParams
+from jaxllm.scheduling import Scheduler
+from jaxllm.scheduling.plan import Plan, RequestUpdate
+from jaxllm.stats import EngineStats, record_end, record_step
+from jaxllm.text.tokenizer import get_tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+class Engine:
+    """Completes requests in one continuous batch. Synchronous, and for one thread at a time.
+
+    Attributes:
+        config: resolved: nothing in it is left to be decided.
+        model_config: the model's architecture.
+        tokenizer: of Hugging Face, or None with `skip_tokenizer_init`.
+        input_processor: turns prompts into requests; may be called from any thread.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        model_config: ModelConfig,
+        runner: Runner,
+        scheduler: Scheduler,
+        input_processor: InputProcessor,
+        tokenizer: Any,
+    ) -> None:
+        self.config = config
+        self.model_config = model_config
+        self.tokenizer = tokenizer
+        self.input_processor = input_processor
+        self.runner = runner
+        self.scheduler = scheduler
+        self._output_processor = OutputProcessor(tokenizer)
+        self._in_flight: deque[tuple[Plan, PendingResult]] = deque()
+        self._max_in_flight = 2 if config.async_scheduling else 1
+        self._stats = EngineStats()
+
+    @classmethod
+    def from_config(cls, config: EngineConfig) -> Engine:
+        """Loads the model and compiles the steps that every plan needs; see `EngineConfig`.
+
+        Raises:
+            ConfigError, UnsupportedError, ModelNotFoundError, CheckpointError, InsufficientMemoryError:
+                what their names say, with what to do about it.
+        """
+        path = resolve_model(config.model, config.revision, config.download_dir)
+        model_config = translate_config(read_config(path), config.hf_overrides)
+        if config.disable_sliding_window:
+            model_config = model_config.without_windows()
+        platform = current_platform()
+        config = resolve(config, model_config, platform)
+        tokenizer = None
+        if not config.skip_tokenizer_init:
+            tokenizer = get_tokenizer(
+                config.tokenizer or str(path),
+                revision=config.tokenizer_revision or config.revision,
+                trust_remote_code=config.trust_remote_code,
+                download_dir=config.download_dir,
+            )
+        input_processor = InputProcessor(tokenizer, model_config, config, read_generation_config(path))
+        runner, num_pages = build_runner(config, model_config, path, platform, progress=not config.disable_log_stats)
+        scheduler = Scheduler(
+            SchedulerConfig(
+                max_num_seqs=config.max_num_seqs or 1,
+                max_num_batched_tokens=config.max_num_batched_tokens or 1,
+                max_model_len=config.max_model_len or 1,
+                page_size=config.block_size,
+                num_pages=num_pages,
+                enable_prefix_caching=config.enable_prefix_caching,
+                enable_chunked_prefill=config.enable_chunked_prefill,
+                long_prefill_token_threshold=config.long_prefill_token_threshold,
+                policy=config.scheduling_policy,
+                reschedule_in_flight=config.async_scheduling,
+            )
+        )
+        engine = cls(config, model_config, runner, scheduler, input_processor, tokenizer)
+        engine._stats.cache_config = {
+            "block_size": str(config.block_size),
+            "num_gpu_blocks": str(num_pages - 1),
+            "enable_prefix_caching": str(config.enable_prefix_caching),
+            "cache_dtype": config.dtype,
+        }
+        return engine
+
+    def step(self) -> list[RequestOutput]:
+        """One turn: launch what can be launched, then take in the oldest step's result.
+
+        While the host applies one step, the device computes the next.
+        """
+        while len(self._in_flight) < self._max_in_flight and (plan := self.scheduler.schedule()) is not None:
+            self._in_flight.append((plan, self.runner.execute(plan)))
+            self._note_first_scheduled(plan)
+        if not self._in_flight:
+            return []
+        plan, pending = self._in_flight.popleft()
+        updates = self.scheduler.apply(plan, pending.result())
+        return self._process(plan, updates, time.monotonic())
+
+    def _note_first_scheduled(self, plan: Plan) -> None:
+        now = time.monotonic()
+        for entry in plan.scheduled:
+            if entry.request.first_scheduled_time is None:
+                entry.request.first_scheduled_time = now
+
+    def _process(self, plan: Plan, updates: list[RequestUpdate], now: float) -> list[RequestOutput]:
+        record_step(self._stats, plan, updates, now)
+        outputs, stopped = self._output_processor.process(updates, now)
+        for request, stop_string in stopped:
+            self.scheduler.finish(request, RequestStatus.FINISHED_STOPPED, stop_string)
+            record_end(self._stats, request, now)
+        return outputs
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt: PromptType,
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        arrival_time: float | None = None,
+    ) -> None:
+        """Checks and takes in a user's request.
+
+        Raises:
+            InvalidRequestError: it cannot be served as it stands.
+        """
+        processed = self.input_processor.process(
+            request_id, prompt, params, priority=priority, arrival_time=arrival_time
+        )
+        self.submit(processed.requests, processed.prompt)
+
+    def submit(self, requests: list[Request], prompt: str | None) -> None:
+        """Takes in the n sequences of a user's request that has been processed already."""
+        request_id = requests[0].group_id or requests[0].request_id
+        self._output_processor.add(requests, prompt, requests[0].sampling_params, request_id)
+        added: list[Request] = []
+        try:
+            for request in requests:
+                self.scheduler.add(request)
+                added.append(request)
+        except Exception:
+            for request in added:
+                self.scheduler.finish(request, RequestStatus.FINISHED_ABORTED)
+            self._output_processor.abort([request_id])
+            raise
+
+    def abort(self, request_ids: Iterable[str]) -> list[RequestOutput]:
+        """Ends users' requests; unknown ids are ignored. Returns a last output for each."""
+        ids, now = list(request_ids), time.monotonic()
+        requests = [request for request_id in ids for request in self._output_processor.requests(request_id)]
+        outputs = self._output_processor.abort(ids, now)
+        for request in requests:
+            if not request.status.is_finished:
+                self.scheduler.finish(request, RequestStatus.FINISHED_ABORTED)
+                record_end(self._stats, request, now)
+        return outputs
+
+    def has_unfinished_requests(self) -> bool:
+        """Whether `step` has anything left to do."""
+        return bool(self._in_flight) or self.scheduler.has_unfinished()
+
+    def stats(self) -> EngineStats:
+        """What the engine has counted; one object, which goes on changing."""
+        scheduler, stats = self.scheduler, self._stats
+        stats.num_requests_running = scheduler.num_running
+        stats.num_requests_waiting = scheduler.num_waiting
+        stats.kv_cache_usage = scheduler.kv_cache_usage
+        stats.prefix_cache_queries = scheduler.prefix_cache_queries
+        stats.prefix_cache_hits = scheduler.prefix_cache_hits
+        stats.num_preemptions = scheduler.num_preemptions
+        return stats
+
+    def reset_prefix_cache(self) -> bool:
+        """Forgets all cached prefixes; False while requests hold pages."""
+        return self.scheduler.reset_prefix_cache()
+
+    def start_profile(self, directory: str) -> None:
+        """Starts JAX's profiler; `stop_profile` writes a trace into the directory."""
+        jax.profiler.start_trace(directory)
+
+    def stop_profile(self) -> None:
+        """Ends the profile that `start_profile` began.
+
+        Raises:
+            ConfigError: none is under way.
+        """
+        try:
+            jax.profiler.stop_trace()
+        except RuntimeError as error:
+            raise ConfigError(f"There is no profile to stop ({error}); call start_profile first.") from error
+
+    def shutdown(self) -> None:
+        """Stops background compilation; the engine takes no further steps."""
+        self.runner.close()

@@ -1,0 +1,100 @@
+"""From a configuration to a runner with weights: compiling while the weights are still loading."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm.config import EngineConfig
+from jaxllm.execution.memory import num_kv_pages
+from jaxllm.execution.platform import Platform
+from jaxllm.execution.runner import Runner
+from jaxllm.layers.attention import choose_backend
+from jaxllm.models.config import ModelConfig
+from jaxllm.models.decoder import Decoder, DecoderForm
+from jaxllm.models.loader import load_parameters
+from jaxllm.models.parameters import ParameterSpec
+from sharding import make_mesh
+
+logger = logging.getLogger(__name__)
+
+
+def build_runner(
+    config: EngineConfig, model: ModelConfig, path: Path, platform: Platform, *, progress: bool
+) -> tuple[Runner, int]:
+    """A runner ready for its first plan, and the number of KV pages it has.
+
+    Args:
+        config: resolved.
+        path: the model's directory.
+        progress: show progress bars of loading and compiling.
+    """
+    use_compilation_cache(config.compilation_cache_dir)
+    device = jax.devices()[0]
+    form = DecoderForm(
+        dtype=jnp.dtype(config.dtype),
+        feature_major=platform.feature_major,
+        scan_layers=platform.scan_layers,
+        attention_backend=choose_backend(config.attention_backend, platform.name),
+    )
+    decoder = Decoder(model, form)
+    specs = decoder.parameter_specs()
+    num_pages = num_kv_pages(config, model, form.dtype, specs, device)
+    runner = Runner(
+        decoder,
+        _abstract_parameters(specs, form),
+        num_pages=num_pages,
+        page_size=config.block_size,
+        max_num_seqs=config.max_num_seqs or 1,
+        max_num_batched_tokens=config.max_num_batched_tokens or 1,
+        max_model_len=config.max_model_len or 1,
+        num_logprobs=model.vocab_size if config.max_logprobs < 0 else config.max_logprobs,
+        logprobs_mode=config.logprobs_mode,
+        compiler_options=platform.compiler_options,
+        compile_all=config.forbid_recompile,
+    )
+    try:
+        params = load_parameters(
+            path,
+            model,
+            specs,
+            dtype=config.dtype,
+            mesh=make_mesh(devices=[device]),
+            stack_layers=form.scan_layers,
+            load_format=config.load_format,
+            seed=config.seed,
+            progress=progress,
+        )
+        runner.start(params, progress=progress)
+    except BaseException:
+        runner.close()
+        raise
+    return runner, num_pages
+
+
+def use_compilation_cache(directory: str | None) -> None:
+    """Keeps compiled steps on disk between runs; "" turns that off, None is the default place.
+
+    A cache that the user has set up for JAX already is left alone.
+    """
+    if directory == "" or (directory is None and jax.config.jax_compilation_cache_dir):
+        return
+    cache_home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    jax.config.update("jax_compilation_cache_dir", directory or str(Path(cache_home) / "jaxllm" / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+def _abstract_parameters(specs: dict[str, ParameterSpec], form: DecoderForm) -> dict[str, Any]:
+    def of(spec: ParameterSpec) -> Any:
+        if spec.num_layers is None:
+            return jax.ShapeDtypeStruct(spec.shape, form.dtype)
+        if form.scan_layers:
+            return jax.ShapeDtypeStruct((spec.num_layers, *spec.shape), form.dtype)
+        return [jax.ShapeDtypeStruct(spec.shape, form.dtype)] * spec.num_layers
+
+    return {name: of(spec) for name, spec in specs.items()}

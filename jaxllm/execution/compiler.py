@@ -1,0 +1,95 @@
+"""Compiled steps: the covering shapes before the first request, the others behind its back."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from tqdm import tqdm
+
+from jaxllm.errors import RecompilationError
+from jaxllm.execution.batch import StepShape
+from jaxllm.execution.buckets import choose, num_covering
+
+logger = logging.getLogger(__name__)
+
+
+class StepCompiler:
+    """The steps that are ready to run, and the threads that make more of them.
+
+    Args:
+        compile_step: makes the executable of a shape.
+        shapes: every shape there will be, the covering ones first.
+        complete: compile all of them before `wait` returns, and none after.
+    """
+
+    def __init__(
+        self, compile_step: Callable[[StepShape], Any], shapes: Sequence[StepShape], *, complete: bool
+    ) -> None:
+        self._compile_step = compile_step
+        self._ready: dict[StepShape, Any] = {}
+        self._shapes = list(shapes)
+        self._complete = complete
+        self._closed = threading.Event()
+        self._started = time.monotonic()
+        count = len(self._shapes) if complete else num_covering(self._shapes)
+        self._foreground = self._compile_all(self._shapes[:count], min(count, os.cpu_count() or 1))
+        self._background: list[Future[None]] = []
+
+    def _compile_all(self, shapes: Sequence[StepShape], num_threads: int) -> list[Future[None]]:
+        pool = ThreadPoolExecutor(num_threads, thread_name_prefix="jaxllm-compile")
+        futures = [pool.submit(self._compile, shape) for shape in shapes]
+        pool.shutdown(wait=False)
+        return futures
+
+    def _compile(self, shape: StepShape) -> None:
+        if not self._closed.is_set():
+            self._ready[shape] = self._compile_step(shape)
+
+    def wait(self, progress: bool) -> None:
+        """Returns once every plan can run; the remaining shapes go on in the background."""
+        for future in tqdm(self._foreground, desc="Compiling", unit="step", disable=not progress):
+            future.result()
+        logger.info("compiled %d steps in %.1f s", len(self._foreground), time.monotonic() - self._started)
+        rest = self._shapes[len(self._foreground) :]
+        if rest:
+            logger.info("compiling %d more in the background; each is used as soon as it is ready", len(rest))
+            self._background = self._compile_all(rest, 1)
+
+    def wait_for_all(self) -> None:
+        """Returns once every shape is compiled."""
+        for future in [*self._foreground, *self._background]:
+            future.result()
+
+    @property
+    def num_ready(self) -> int:
+        """Shapes that are compiled."""
+        return len(self._ready)
+
+    def executable(self, num_tokens: int, num_seqs: int, decode_only: bool) -> tuple[StepShape, Any]:
+        """The cheapest ready step that a plan fits into.
+
+        Raises:
+            RecompilationError: there is none, although every shape was to be compiled ahead.
+        """
+        shape = choose(list(self._ready), num_tokens, num_seqs, decode_only)
+        if shape is None:
+            raise RecompilationError(
+                f"no compiled step takes {num_tokens} tokens of {num_seqs} sequences; the scheduler must keep "
+                f"within max_num_batched_tokens and max_num_seqs, for which the largest is {self._shapes[0]}."
+            )
+        return shape, self._ready[shape]
+
+    def close(self) -> None:
+        """Starts no further compilation, and waits for those under way."""
+        self._closed.set()
+        for future in self._background:
+            future.cancel()
+        for future in self._background:
+            if not future.cancelled():
+                future.exception()

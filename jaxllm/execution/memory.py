@@ -1,0 +1,90 @@
+"""How many KV pages fit: from measured free memory, the weights, and what a step needs besides."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm.config import EngineConfig
+from jaxllm.errors import InsufficientMemoryError
+from jaxllm.execution.platform import free_memory
+from jaxllm.models.config import ModelConfig
+from jaxllm.models.parameters import ParameterSpec
+
+logger = logging.getLogger(__name__)
+
+_CPU_SHARE = 4  # on a CPU the cache takes one part in four of what is free
+_CPU_SEQUENCES = 2  # and no more than this many times what max_num_seqs full sequences could fill
+
+
+def page_bytes(model: ModelConfig, page_size: int, dtype: jnp.dtype) -> int:
+    """Bytes of one KV page over all layers."""
+    return model.num_layers * page_size * 2 * model.num_kv_heads * model.head_dim * dtype.itemsize
+
+
+def weight_bytes(specs: Mapping[str, ParameterSpec], dtype: jnp.dtype) -> int:
+    """Bytes of all parameters."""
+    return sum(spec.size for spec in specs.values()) * dtype.itemsize
+
+
+def step_bytes(config: EngineConfig, model: ModelConfig, dtype: jnp.dtype) -> int:
+    """An estimate, from above, of what the largest step holds besides weights and cache."""
+    tokens, seqs = config.max_num_batched_tokens or 0, config.max_num_seqs or 0
+    width = 6 * model.hidden_size + 4 * model.intermediate_size
+    width += 4 * (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    sampler_state = (seqs + 1) * model.vocab_size * (4 + 4 + 1)
+    logits = 6 * max(seqs, 64) * model.vocab_size * 4
+    return tokens * width * max(dtype.itemsize, 4) + logits + sampler_state
+
+
+def num_kv_pages(
+    config: EngineConfig,
+    model: ModelConfig,
+    dtype: jnp.dtype,
+    specs: Mapping[str, ParameterSpec],
+    device: jax.Device,
+) -> int:
+    """Pages of the KV cache, with the null page.
+
+    Raises:
+        InsufficientMemoryError: not even one sequence of max_model_len tokens would fit.
+    """
+    page = page_bytes(model, config.block_size, dtype)
+    per_sequence = math.ceil((config.max_model_len or 1) / config.block_size)
+    if config.num_gpu_blocks_override is not None:
+        pages, basis = config.num_gpu_blocks_override, "num_gpu_blocks_override"
+    elif config.kv_cache_memory_bytes is not None:
+        pages, basis = config.kv_cache_memory_bytes // page, "kv_cache_memory_bytes"
+    else:
+        total, free = free_memory(device)
+        needed = weight_bytes(specs, dtype) + step_bytes(config, model, dtype)
+        if device.platform == "cpu":
+            pages = max(free - needed, 0) // _CPU_SHARE // page
+            pages = min(pages, _CPU_SEQUENCES * per_sequence * (config.max_num_seqs or 1))
+            basis = f"a quarter of the {_gib(free)} free"
+        else:
+            allowed = min(free, int(total * config.gpu_memory_utilization) - (total - free))
+            pages = (allowed - needed) // page
+            basis = f"gpu_memory_utilization={config.gpu_memory_utilization} of {_gib(total)}"
+    if pages < per_sequence:
+        fits = max(int(pages), 0) * config.block_size
+        raise InsufficientMemoryError(
+            f"The KV cache ({basis}) would hold {fits} tokens, and one sequence of max_model_len="
+            f"{config.max_model_len} needs {per_sequence * config.block_size} ({_gib(per_sequence * page)}). "
+            f"Pass a smaller max_model_len (at most {fits}), or give the cache more memory with "
+            "kv_cache_memory_bytes or gpu_memory_utilization."
+        )
+    tokens = int(pages) * config.block_size
+    logger.info("KV cache: %s tokens in %s pages of %s (%s, %s)", f"{tokens:,}", f"{pages:,}", config.block_size, _gib(pages * page), basis)
+    logger.info(
+        "Maximum concurrency for %s tokens per request: %.2fx", f"{config.max_model_len:,}", tokens / (config.max_model_len or 1)
+    )
+    return int(pages) + 1
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"

@@ -1,0 +1,213 @@
+"""Runs plans: packs one into a batch, calls the compiled step, and hands the result back as plain data."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm.execution.batch import FLOATS, INTEGERS, HostBatch, StepShape
+from jaxllm.execution.buckets import step_shapes
+from jaxllm.execution.compiler import StepCompiler
+from jaxllm.execution.sampler import Logprobs, LogprobsMode, SamplerState
+from jaxllm.execution.slots import SlotTable
+from jaxllm.execution.step import StepOutput, step
+from jaxllm.models.decoder import Decoder
+from jaxllm.models.parameters import Parameters
+from jaxllm.request import Request
+from jaxllm.scheduling.plan import Plan, ScheduledRequest, StepResult, TokenLogprobs
+
+_COLUMN = {name: row for row, name in enumerate(INTEGERS)}
+
+
+class PendingResult:
+    """A step that was launched; `result` waits for the device."""
+
+    def __init__(self, plan: Plan, output: StepOutput, wants_logprobs: bool, prompt_rows: dict[int, int]) -> None:
+        self._plan = plan
+        self._output = output
+        self._wants_logprobs = wants_logprobs
+        self._prompt_rows = prompt_rows
+
+    def result(self) -> StepResult:
+        """The sampled tokens, and the log-probabilities that somebody asked for."""
+        scheduled = self._plan.scheduled
+        sampled = np.asarray(self._output.token_ids).tolist()
+        token_ids = [[token] if entry.samples else [] for entry, token in zip(scheduled, sampled, strict=False)]
+        logprobs: list[list[TokenLogprobs] | None] = [None] * len(scheduled)
+        if self._wants_logprobs:
+            rows = _LogprobRows(self._output.logprobs)
+            for row, entry in enumerate(scheduled):
+                wanted = entry.request.sampling_params.logprobs
+                if wanted is not None and entry.samples:
+                    logprobs[row] = [rows.at(row, wanted)]
+        result = StepResult(token_ids, logprobs)
+        if self._prompt_rows and self._output.prompt_logprobs is not None:
+            rows = _LogprobRows(self._output.prompt_logprobs)
+            for row, first in self._prompt_rows.items():
+                entry = scheduled[row]
+                count = min(entry.num_tokens, entry.request.num_prompt_tokens - 1 - entry.start)
+                wanted = entry.request.sampling_params.prompt_logprobs or 0
+                result.prompt_logprobs[row] = [rows.at(first + i, wanted) for i in range(count)]
+        return result
+
+
+class _LogprobRows:
+    """Log-probabilities of a batch on the host."""
+
+    def __init__(self, logprobs: Logprobs) -> None:
+        self.chosen, self.rank, self.top_ids, self.top = (np.asarray(x) for x in logprobs)
+
+    def at(self, row: int, wanted: int) -> TokenLogprobs:
+        k = self.top.shape[1] if wanted < 0 else wanted
+        return TokenLogprobs(
+            float(self.chosen[row]), int(self.rank[row]), self.top_ids[row, :k], self.top[row, :k]
+        )
+
+
+class Runner:
+    """The device's side of an engine: parameters, KV cache, sampler state and compiled steps.
+
+    Args:
+        decoder: the model's graph.
+        abstract_params: shapes, dtypes and shardings of the parameters, so that steps compile while
+            the weights are still loading.
+        num_pages: of the KV cache, with the null page.
+        num_logprobs: most probable tokens reported per position; requests may ask for up to so many.
+        compile_all: compile every shape before the first step, and none after.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        abstract_params: dict[str, Any],
+        *,
+        num_pages: int,
+        page_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        num_logprobs: int,
+        logprobs_mode: LogprobsMode,
+        compiler_options: dict[str, bool | str | int],
+        compile_all: bool,
+    ) -> None:
+        model = decoder.config
+        self._decoder = decoder
+        self._num_logprobs = min(num_logprobs, model.vocab_size)
+        self._logprobs_mode = logprobs_mode
+        self._compiler_options = compiler_options
+        pages_per_seq = -(-max_model_len // page_size)
+        cache_shape = (model.num_layers, num_pages, page_size, 2 * model.num_kv_heads, model.head_dim)
+        self._abstract_params = abstract_params
+        self._abstract_cache = jax.ShapeDtypeStruct(cache_shape, decoder.form.dtype)
+        self._create_state = functools.partial(SamplerState.create, max_num_seqs, model.vocab_size)
+        self._slots = SlotTable(max_num_seqs, pages_per_seq, model.vocab_size)
+        shapes = step_shapes(max_num_seqs, max_num_batched_tokens, pages_per_seq)
+        self.compiler = StepCompiler(self._compile, shapes, complete=compile_all)
+
+    def _compile(self, shape: StepShape) -> Any:
+        run = functools.partial(
+            step,
+            decoder=self._decoder,
+            shape=shape,
+            num_logprobs=self._num_logprobs,
+            logprobs_mode=self._logprobs_mode,
+        )
+        lowered = jax.jit(run, donate_argnums=(1, 2)).lower(
+            self._abstract_params,
+            self._abstract_cache,
+            jax.eval_shape(self._create_state),
+            jax.ShapeDtypeStruct((shape.num_integers,), jnp.int32),
+            jax.ShapeDtypeStruct((shape.num_floats,), jnp.float32),
+        )
+        return lowered.compile(self._compiler_options)
+
+    def start(self, params: Parameters, *, progress: bool) -> None:
+        """Takes the weights, makes the cache, and waits until every plan can run."""
+        self._params = params
+        self._kv_pages = jnp.zeros(self._abstract_cache.shape, self._abstract_cache.dtype)
+        self._state = self._create_state()
+        self._slots.warm_up(self._state)
+        self.compiler.wait(progress)
+
+    def execute(self, plan: Plan) -> PendingResult:
+        """Launches a plan and returns without waiting for the device."""
+        for request in plan.released:
+            self._slots.release(request)
+        self._state = self._slots.admit(self._state, plan.scheduled)
+        reports_prompt = [
+            entry.request.sampling_params.prompt_logprobs is not None
+            and entry.start < entry.request.num_prompt_tokens - 1
+            for entry in plan.scheduled
+        ]
+        decode_only = plan.num_tokens == len(plan.scheduled) and not any(reports_prompt)
+        shape, run = self.compiler.executable(plan.num_tokens, len(plan.scheduled), decode_only)
+        batch, wants_logprobs, prompt_rows = self._pack(plan.scheduled, shape, reports_prompt)
+        self._kv_pages, self._state, output = run(
+            self._params, self._kv_pages, self._state, batch.integers, batch.floats
+        )
+        return PendingResult(plan, output, wants_logprobs, prompt_rows)
+
+    def _pack(
+        self, scheduled: Sequence[ScheduledRequest], shape: StepShape, reports_prompt: list[bool]
+    ) -> tuple[HostBatch, bool, dict[int, int]]:
+        """A plan as arrays, whether it wants logprobs, and the first row of those with prompt logprobs."""
+        batch = HostBatch(shape)
+        count = len(scheduled)
+        slots = self._slots.of(scheduled)
+        starts, tokens, wants_logprobs = [0], [], False
+        prompt_rows: dict[int, int] = {}
+        lengths, rope_lengths, samples, drawn = [], [], [], []
+        for row, (request, start, num_tokens, is_sampled) in enumerate(scheduled):
+            end = start + num_tokens
+            known = request.token_ids[start:end]
+            tokens += known
+            if len(known) < num_tokens:
+                tokens.append(-1)  # its newest token is still on the device
+            if reports_prompt[row]:
+                first = starts[-1]
+                targets = request.prompt_token_ids[start + 1 : end + 1]
+                batch.targets[first : first + len(targets)] = targets
+                prompt_rows[row] = first
+            wants_logprobs |= request.sampling_params.logprobs is not None
+            starts.append(starts[-1] + num_tokens)
+            lengths.append(end)
+            rope_lengths.append(request.num_prompt_tokens)
+            samples.append(is_sampled)
+            drawn.append(end - request.num_prompt_tokens)
+        total = starts[-1]
+        batch.token_ids[:total] = tokens
+        batch.query_starts[: count + 1] = starts
+        batch.query_starts[count + 1 :] = total
+        query_lens = np.diff(batch.query_starts[: count + 1])
+        first_positions = np.asarray(lengths, np.int32) - query_lens
+        batch.positions[:total] = np.arange(total) + np.repeat(
+            first_positions - batch.query_starts[:count], query_lens
+        )
+        columns = batch.seq_integers
+        columns[_COLUMN["slots"], count:] = self._slots.padding_slot
+        columns[_COLUMN["seq_lens"], :count] = lengths
+        columns[_COLUMN["rope_lengths"], :count] = rope_lengths
+        columns[_COLUMN["slots"], :count] = slots
+        columns[_COLUMN["samples"], :count] = samples
+        columns[_COLUMN["positions"], :count] = drawn
+        for name in ("seeds", "top_k", "penalties", "bias"):
+            columns[_COLUMN[name], :count] = self._slots.integers[name][slots]
+        batch.seq_floats[:, count:] = np.ones((len(FLOATS), 1), np.float32)
+        batch.seq_floats[:, :count] = self._slots.floats[:, slots]
+        batch.page_table[:count] = self._slots.page_table[slots]
+        batch.flags[:] = wants_logprobs, bool(prompt_rows)
+        return batch, wants_logprobs, prompt_rows
+
+    def slot_of(self, request: Request) -> int | None:
+        """Where a running request's row of the device state is."""
+        return self._slots.slot_of(request)
+
+    def close(self) -> None:
+        """Stops compiling."""
+        self.compiler.close()

@@ -1,0 +1,89 @@
+"""The one jitted step: forward pass, logits where wanted, sampling, and the token fed to the next step."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxllm.execution.batch import StepShape, unpack
+from jaxllm.execution.sampler import Logprobs, LogprobsMode, SamplerState, log_probabilities, no_logprobs, sample
+from jaxllm.models.decoder import Decoder
+
+# Prompt positions whose logits exist at once, so that a long prompt does not need [T, V] of memory.
+_PROMPT_LOGPROB_ROWS = 64
+
+
+class StepOutput(NamedTuple):
+    """What a step gives back to the host.
+
+    Attributes:
+        token_ids: int32[S]; of meaning only where the sequence samples.
+        logprobs: of the sampled tokens, zeros unless the batch asked.
+        prompt_logprobs: of each row's target, zeros unless the batch asked; None in a decode step.
+    """
+
+    token_ids: jax.Array
+    logprobs: Logprobs
+    prompt_logprobs: Logprobs | None
+
+
+def step(
+    params: dict[str, Any],
+    kv_pages: jax.Array,
+    state: SamplerState,
+    integers: jax.Array,
+    floats: jax.Array,
+    *,
+    decoder: Decoder,
+    shape: StepShape,
+    num_logprobs: int,
+    logprobs_mode: LogprobsMode,
+) -> tuple[jax.Array, SamplerState, StepOutput]:
+    """Computes a packed batch. `kv_pages` and `state` are donated and returned updated.
+
+    Args:
+        integers: int32[shape.num_integers], floats: float32[shape.num_floats]; see `HostBatch`.
+        num_logprobs: most probable tokens reported per position.
+    """
+    batch = unpack(integers, floats, state.last_token, shape)
+    hidden, kv_pages = decoder(params, kv_pages, batch.tokens, decode_only=shape.decode_only)
+    token_ids, logprobs, state = sample(
+        decoder.logits(params, hidden, batch.last_rows),
+        batch.sampling,
+        state,
+        num_logprobs=num_logprobs,
+        wants_logprobs=batch.wants_logprobs,
+        logprobs_mode=logprobs_mode,
+    )
+    prompt_logprobs = None
+    if not shape.decode_only:
+        prompt_logprobs = lax.cond(
+            batch.wants_prompt_logprobs,
+            lambda: _prompt_logprobs(decoder, params, hidden, batch.targets, num_logprobs, logprobs_mode),
+            lambda: no_logprobs(shape.num_tokens, num_logprobs),
+        )
+    return kv_pages, state, StepOutput(token_ids, logprobs, prompt_logprobs)
+
+
+def _prompt_logprobs(
+    decoder: Decoder,
+    params: dict[str, Any],
+    hidden: jax.Array,
+    targets: jax.Array,
+    num_logprobs: int,
+    mode: LogprobsMode,
+) -> Logprobs:
+    """Log-probabilities of targets int32[T] at every row, a few rows at a time."""
+    num_tokens = targets.shape[0]
+    group = min(_PROMPT_LOGPROB_ROWS, num_tokens)
+    rows = jnp.minimum(jnp.arange(-(-num_tokens // group) * group), num_tokens - 1).reshape(-1, group)
+
+    def of_rows(some: jax.Array) -> Logprobs:
+        return log_probabilities(decoder.logits(params, hidden, some), targets[some], num_logprobs, mode)
+
+    by_group = lax.map(of_rows, rows)
+    return Logprobs(*(x.reshape(-1, *x.shape[2:])[:num_tokens] for x in by_group))
+

@@ -1,0 +1,128 @@
+"""Self-attention over the paged cache, and the choice of the kernel that computes it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxllm.errors import ConfigError
+from jaxllm.layers.linear import Linear, to_token_major
+from jaxllm.layers.norm import Norm
+from jaxllm.layers.rope import rotate
+from jaxllm.models.config import ModelConfig
+from pallas_kernels.ragged_paged_attention import BACKENDS, Backend, ragged_paged_attention
+
+logger = logging.getLogger(__name__)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class AttentionInputs:
+    """What attention needs to know of a batch; the same for every layer.
+
+    Attributes:
+        page_table: int32[S, P].
+        seq_lens: int32[S].
+        query_starts: int32[S + 1].
+        rotation: cosines and sines of each token, None where positions are learned.
+    """
+
+    page_table: jax.Array
+    seq_lens: jax.Array
+    query_starts: jax.Array
+    rotation: tuple[jax.Array, jax.Array] | None
+
+
+def choose_backend(requested: str | None, platform: str) -> Backend:
+    """The attention backend to run, logged with the reason.
+
+    Raises:
+        ConfigError: an unknown backend was asked for.
+    """
+    if requested is None:
+        logger.info("attention backend: xla (the portable one; nothing faster is built for %s)", platform)
+        return "xla"
+    if requested not in BACKENDS:
+        raise ConfigError(
+            f"attention_backend={requested!r}; there are {', '.join(BACKENDS)}", param="attention_backend"
+        )
+    logger.info("attention backend: %s (asked for)", requested)
+    return cast(Backend, requested)
+
+
+class Attention(nnx.Module):
+    """Projects to queries, keys and values, rotates them, attends, and projects back.
+
+    The fused weight holds, for each key-value head, its queries, its key and its value, so that
+    splitting it by key-value heads gives every shard what it needs.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, feature_major: bool, backend: Backend) -> None:
+        heads, group, head_dim = config.num_kv_heads, config.queries_per_kv_head, config.head_dim
+        self.qkv = Linear(
+            (heads, group + 2, head_dim),
+            (config.hidden_size,),
+            ("kv_heads", None, None),
+            ("embed",),
+            bias=config.qkv_bias,
+            dtype=dtype,
+            feature_major=feature_major,
+        )
+        self.output = Linear(
+            (config.hidden_size,),
+            (heads, group, head_dim),
+            ("embed",),
+            ("kv_heads", None, None),
+            bias=config.output_bias,
+            dtype=dtype,
+            feature_major=feature_major,
+        )
+        if config.qk_norm:
+            self.q_norm = Norm(head_dim, "rms", config.norm_eps, dtype, feature_major=False)
+            self.k_norm = Norm(head_dim, "rms", config.norm_eps, dtype, feature_major=False)
+        self.qk_norm = config.qk_norm
+        self.group = group
+        self.scale = config.attention_scale
+        self.feature_major = feature_major
+        self.backend = backend
+
+    def __call__(
+        self,
+        x: jax.Array,
+        kv_pages: jax.Array,
+        layer: jax.Array | int,
+        inputs: AttentionInputs,
+        *,
+        window: int | None,
+        decode_only: bool,
+    ) -> tuple[jax.Array, jax.Array]:
+        """x: [T, D] or [D, T]; returns the same shape, and the cache with this layer's new entries."""
+        qkv = to_token_major(self.qkv(x), self.feature_major)  # [T, kv_heads, group + 2, head_dim]
+        q, k, v = qkv[:, :, : self.group], qkv[:, :, self.group], qkv[:, :, self.group + 1]
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if inputs.rotation is not None:
+            q, k = rotate(q, inputs.rotation), rotate(k, inputs.rotation)
+        out, kv_pages = ragged_paged_attention(
+            q.reshape(q.shape[0], -1, q.shape[-1]),
+            k,
+            v,
+            kv_pages,
+            layer,
+            inputs.page_table,
+            inputs.seq_lens,
+            inputs.query_starts,
+            scale=self.scale,
+            window=window,
+            decode_only=decode_only,
+            backend=self.backend,
+        )
+        out = out.reshape(q.shape)
+        if self.feature_major:
+            out = jnp.moveaxis(out, 0, -1)
+        return self.output(out), kv_pages

@@ -1,0 +1,49 @@
+"""Where new keys and values go: the part of the op that every portable backend shares."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def token_positions(
+    seq_lens: jax.Array, query_starts: jax.Array, num_tokens: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Which sequence and which position in it each packed row belongs to.
+
+    Args:
+        seq_lens: int32[S].
+        query_starts: int32[S + 1].
+        num_tokens: T, rows in the packed batch.
+
+    Returns:
+        (sequence int32[T], position int32[T], is_real bool[T]); padding rows have is_real False
+        and a sequence and position that are in range of nothing in particular.
+    """
+    rows = jnp.arange(num_tokens, dtype=jnp.int32)
+    sequence = jnp.searchsorted(query_starts, rows, side="right", method="compare_all").astype(jnp.int32) - 1
+    is_real = rows < query_starts[-1]
+    sequence = jnp.where(is_real, sequence, 0)
+    position = seq_lens[sequence] - (query_starts[sequence + 1] - rows)
+    return sequence, position, is_real
+
+
+def write_new_tokens(
+    k: jax.Array,
+    v: jax.Array,
+    kv_pages: jax.Array,
+    layer: jax.Array | int,
+    page_table: jax.Array,
+    seq_lens: jax.Array,
+    query_starts: jax.Array,
+) -> jax.Array:
+    """Scatters k, v [T, kv_heads, head_dim] into their pages; padding goes to the null page 0."""
+    tokens, num_kv_heads, head_dim = k.shape
+    page_size = kv_pages.shape[2]
+    sequence, position, is_real = token_positions(seq_lens, query_starts, tokens)
+    page = jnp.where(is_real, page_table[sequence, position // page_size], 0)
+    offset = jnp.where(is_real, position % page_size, 0)
+    # Padding rows write zeros, so that the null page never holds anything but finite numbers.
+    new = jnp.stack([k, v], axis=2).reshape(tokens, 2 * num_kv_heads, head_dim)
+    new = jnp.where(is_real[:, None, None], new, 0).astype(kv_pages.dtype)
+    return kv_pages.at[layer, page, offset].set(new, mode="promise_in_bounds")
