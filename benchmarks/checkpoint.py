@@ -60,8 +60,7 @@ def write_checkpoint(name: str, directory: Path, *, dtype: str = "float32", seed
         KeyError: if there is no shape or dtype of this name.
     """
     config = {**SHAPES[name], "dtype": dtype}
-    write_model_directory(name, directory)
-    (directory / "config.json").write_text(json.dumps(config, indent=2))
+    write_model_directory(config, directory)
     shards: list[dict[str, np.ndarray]] = [{}]
     weight_map: dict[str, str] = {}
     size = total = 0

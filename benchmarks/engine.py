@@ -40,7 +40,7 @@ def model_arguments(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             arguments[name] = getattr(options, name)
     with tempfile.TemporaryDirectory(prefix="jaxllm-benchmark-") as scratch:
         if options.shape:
-            directory = write_model_directory(options.shape, Path(scratch) / options.shape)
+            directory = write_model_directory(SHAPES[options.shape], Path(scratch) / options.shape)
             arguments |= {"model": str(directory), "load_format": "dummy"}
         else:
             arguments["model"] = options.model or "demo"
@@ -49,6 +49,11 @@ def model_arguments(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def model_name(options: argparse.Namespace) -> str:
     return str(options.shape or options.model or "demo")
+
+
+def wait_until_compiled(llm: LLM) -> None:
+    """Waits for the shapes that compile in the background, so that none of it falls into what is measured."""
+    llm.llm_engine.runner.compiler.wait_for_all()
 
 
 def generate(llm: LLM, prompts: list[list[int]], max_tokens: int) -> list[Any]:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.cost import ModelCost
-from benchmarks.engine import add_model_arguments, generate, model_arguments, model_name
+from benchmarks.engine import add_model_arguments, generate, model_arguments, model_name, wait_until_compiled
 from benchmarks.machine import Machine, measure
 from benchmarks.report import add_output_arguments, figure, print_table, save, write_json
 from benchmarks.workloads import Workload
@@ -106,6 +106,7 @@ def run(options: argparse.Namespace, machine: Machine) -> Results:
             max_num_seqs=max(batches) if options.request_rate is None else options.max_num_seqs,
             **arguments,
         )
+        wait_until_compiled(llm)
         engine = llm.llm_engine
         cost = ModelCost.from_config(engine.model_config, engine.config.dtype)
 

@@ -27,10 +27,12 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
 
     table = Table(title=title, title_justify="left", caption=note or None, caption_justify="left")
     for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left", no_wrap=i == 0)
+        table.add_column(column, justify="right" if i else "left", overflow="fold")
     for row in rows:
         table.add_row(*(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row))
-    Console().print(table)
+    console = Console()
+    # Where the output goes to a file there is no width to keep to.
+    (console if console.is_terminal else Console(width=160)).print(table)
 
 
 def write_json(path: Path | None, results: object) -> None:

@@ -133,15 +133,11 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def write_model_directory(name: str, directory: Path) -> Path:
-    """Writes the config.json and a tokenizer of a named shape; `load_format="dummy"` needs no more.
+def write_model_directory(config: dict[str, Any], directory: Path) -> Path:
+    """Writes a config.json and a tokenizer for it; `load_format="dummy"` needs no more.
 
     The tokenizer knows every id of the vocabulary as a word of its own, so that decoding does real work.
-
-    Raises:
-        KeyError: if there is no shape of this name.
     """
-    config = SHAPES[name]
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config, indent=2))
     vocab_size = config["vocab_size"]

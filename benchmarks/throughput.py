@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.cost import ModelCost, Work
-from benchmarks.engine import add_model_arguments, generate, model_arguments, model_name
+from benchmarks.engine import add_model_arguments, generate, model_arguments, model_name, wait_until_compiled
 from benchmarks.machine import Machine, measure
 from benchmarks.report import add_output_arguments, figure, print_table, save, write_json
 from benchmarks.workloads import STANDARD, Workload, parse_workload
@@ -63,6 +63,7 @@ def run(options: argparse.Namespace, machine: Machine, workloads: list[Workload]
             max_num_seqs=max(w.num_prompts for w in workloads),
             **arguments,
         )
+        wait_until_compiled(llm)
         engine = llm.llm_engine
         dtype, budget = engine.config.dtype, engine.config.max_num_batched_tokens
         cost = ModelCost.from_config(engine.model_config, dtype)
