@@ -282,8 +282,13 @@ class _Strings(argparse.Action):
 def _add_flag(group: Any, field: dataclasses.Field[Any], hint: Any, text: str) -> None:
     """One flag; not given, its value is None and the configuration's default stands."""
     has_default = field.default is not dataclasses.MISSING and field.default not in (None, "", ())
-    shown = f" (default: {field.default})" if has_default else ""
-    options: dict[str, Any] = {"dest": field.name, "default": None, "help": (text + shown).replace("%", "%%")}
+    default = " ".join(field.default) if isinstance(field.default, tuple) else field.default
+    shown = f" (default: {default})" if has_default else ""
+    options: dict[str, Any] = {
+        "dest": field.name,
+        "default": None,
+        "help": (text.rstrip(".") + shown).replace("%", "%%"),
+    }
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         hint = next(member for member in typing.get_args(hint) if member is not types.NoneType)
     if field.name == "max_model_len":

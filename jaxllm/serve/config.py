@@ -11,7 +11,7 @@ class ServerConfig:
     """Arguments of the HTTP server; flags are the field names with dashes.
 
     Attributes:
-        host: address to listen on; None is every address.
+        host: address to listen on; every address unless given.
         uds: listen on this Unix socket instead of host and port.
         uvicorn_log_level: log level of the HTTP server.
         disable_uvicorn_access_log: log no line per HTTP request.
@@ -19,7 +19,7 @@ class ServerConfig:
         allowed_origins: origins that browsers may call from; empty turns CORS off.
         root_path: prefix under which a proxy serves this server.
         served_model_name: names the API knows the model by, the first of them in responses.
-        chat_template: file with a Jinja template, or the template itself; None is the tokenizer's.
+        chat_template: file with a Jinja template, or the template itself, instead of the tokenizer's.
         chat_template_content_format: whether a template gets message contents as strings or as lists of
             parts; "auto" looks at the template.
         trust_request_chat_template: let a request bring a template of its own.
@@ -28,7 +28,7 @@ class ServerConfig:
         enable_prompt_tokens_details: report cached prompt tokens in `usage`.
         enable_force_include_usage: send usage in every stream.
         enable_log_requests: log each request's prompt and parameters.
-        max_log_len: characters of a prompt that are logged; None is all of them.
+        max_log_len: characters of a prompt that are logged; all of them unless given.
         shutdown_timeout: seconds that running requests get to finish after Ctrl-C or SIGTERM.
     """
 

@@ -222,12 +222,15 @@ class DrainingServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to listen, and say so."""
         try:
-            await super().startup(sockets)
+            # Two servers may hold one port until one of them listens. Asked here, since uvloop keeps
+            # quiet about a socket that cannot listen, and would serve nobody.
+            for sock in sockets or ():
+                sock.listen(self.config.backlog)
         except OSError as error:
-            # Two servers may hold one port until one of them listens.
             logger.error("Cannot listen: %s. Another server took the port meanwhile.", error.strerror)
             self.should_exit = True
             return
+        await super().startup(sockets)
         if self.started and self._announcement:
             print(self._announcement, flush=True)
 

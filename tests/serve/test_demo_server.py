@@ -80,7 +80,7 @@ class DemoServer:
 def demo() -> Iterator[DemoServer]:
     server = DemoServer()
     try:
-        wait_until(lambda: "curl" in server.output or server.process.poll() is not None, 120)
+        wait_until(lambda: "curl" in server.output or server.process.poll() is not None, 300)
         assert server.process.poll() is None, server.output
         wait_until(lambda: _answers(server.url), 20)
         yield server

@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -418,6 +420,54 @@ def test_a_busy_port_is_told_before_the_model_is_loaded() -> None:
     assert "--port" in errors
     assert "Traceback" not in errors
     assert "no model" not in errors
+
+
+def test_a_port_that_another_server_took_meanwhile(caplog: pytest.LogCaptureFixture) -> None:
+    # Two servers that load their models at once can both hold the port, until one of them listens.
+    first = bind(ServerConfig(host="127.0.0.1", port=0))
+    config = ServerConfig(host="127.0.0.1", port=first.getsockname()[1], uvicorn_log_level="critical")
+    second = bind(config)
+    first.listen()
+    engine = AsyncEngine(FakeEngine())  # type: ignore[arg-type]
+    app = build_app(engine, config)
+    server = DrainingServer(make_uvicorn_config(app, config), app.state.server, "listening")
+    try:
+        with caplog.at_level("ERROR"):
+            server.run(sockets=[second])
+    finally:
+        first.close()
+        second.close()
+        engine.stop()
+    assert not server.started
+    assert "Another server took the port" in caplog.text
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes its certificate with openssl")
+def test_https(tmp_path: Path) -> None:
+    key, certificate = str(tmp_path / "key.pem"), str(tmp_path / "cert.pem")
+    command = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-days",
+        "1",
+        "-subj",
+        "/CN=localhost",
+    ]
+    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate]
+    subprocess.run(command, check=True, capture_output=True)
+    with live_server(ssl_keyfile=key, ssl_certfile=certificate) as live:
+        url = live.url.replace("http:", "https:")
+        context = ssl.create_default_context(cafile=certificate)
+        body = {"prompt": "Hello", "max_tokens": 64}
+        answer = httpx.post(f"{url}/v1/completions", json=body, verify=context).json()
+        assert answer["choices"][0]["text"] == REPLY
+    status, errors = Process("broken", "--ssl-keyfile", key, "--ssl-certfile", "/nowhere.pem").end()
+    assert status == 1
+    assert "--ssl-certfile /nowhere.pem cannot be read" in errors
 
 
 def test_a_model_that_does_not_load_ends_it_with_a_message() -> None:
