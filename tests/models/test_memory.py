@@ -2,61 +2,37 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from benchmarks.loading import load_once
 from tests.models.checkpoints import LLAMA, llama_tensors, write_model
 
-_CODE = """
-import sys
-from pathlib import Path
-import jax, jax.numpy as jnp
-from jaxllm.models.decoder import parameter_specs
-from jaxllm.models.families import translate_config
-from jaxllm.models.hub import read_config
-from jaxllm.models.loader import load_parameters
-
-def status(field):
-    line = next(line for line in open("/proc/self/status") if line.startswith(field))
-    return int(line.split()[1]) * 1024
-
-path = Path(sys.argv[1])
-config = translate_config(read_config(path))
-specs = parameter_specs(config)
-jnp.zeros(3).block_until_ready()
-before = status("VmRSS")
-parameters = load_parameters(path, config, specs, dtype=sys.argv[2], stack_layers=sys.argv[3] == "stack")
-jax.block_until_ready(parameters)
-print(status("VmHWM") - before, sum(x.nbytes for x in jax.tree.leaves(parameters)))
-"""
+CONFIG = {**LLAMA, "hidden_size": 1024, "intermediate_size": 2560, "vocab_size": 6000, "head_dim": 512}
+_LARGE = {12: 1024, 24: 2048, 10: 2560, 22: 6000}
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc, which only Linux has")
-@pytest.mark.parametrize(
-    ("dtype", "layout"), [("float32", "list"), ("float32", "stack"), ("bfloat16", "list")]
-)
-def test_peak_memory_is_at_most_1_3_times_the_weights(tmp_path: Path, dtype: str, layout: str) -> None:
-    sizes = {12: 1024, 24: 2048, 10: 2560, 22: 6000}
-    config = json.loads(json.dumps(LLAMA)) | {
-        "hidden_size": 1024,
-        "intermediate_size": 2560,
-        "vocab_size": 6000,
-        "head_dim": 512,
-    }
+@pytest.fixture(scope="module")
+def large_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tensors = {
-        name: np.full([sizes[n] for n in value.shape], 0.5, np.float32)
+        name: np.full([_LARGE[n] for n in value.shape], 0.5, np.float32)
         for name, value in llama_tensors().items()
     }
-    write_model(tmp_path, tensors, config)
-    result = subprocess.run(
-        [sys.executable, "-c", _CODE, str(tmp_path), dtype, layout], capture_output=True, text=True
+    return write_model(tmp_path_factory.mktemp("large"), tensors, CONFIG)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads /proc, which only Linux has")
+@pytest.mark.parametrize(
+    ("dtype", "stack_layers"), [("float32", False), ("float32", True), ("bfloat16", False)]
+)
+def test_peak_memory_is_at_most_1_3_times_the_weights(
+    large_model: Path, dtype: str, stack_layers: bool
+) -> None:
+    loaded = load_once(large_model, dtype=dtype, stack_layers=stack_layers)
+    num_weights = (
+        2 * 6000 * 1024 + 1024 + 2 * (2 * 1024 + 2 * 2048 * 1024 + 2 * 1024 * 1024 + 3 * 2560 * 1024)
     )
-    assert result.returncode == 0, result.stderr
-    peak, weights = map(int, result.stdout.split())
-    assert weights == sum(value.size for value in tensors.values()) * (4 if dtype == "float32" else 2)
-    assert peak <= 1.3 * weights, f"{peak / weights:.2f} times the weights"
+    assert loaded.weight_bytes == num_weights * (4 if dtype == "float32" else 2)
+    assert 1.0 <= loaded.peak_ratio <= 1.3

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from tests.parity.checkpoints import NUM_GREEDY_TOKENS
 
 
-def run(directory: Path, prompt: list[int], **arguments: Any) -> tuple[list[float], list[int]]:
-    """Logprob of each prompt token but the first, and the greedy continuation."""
+def run(directory: Path, prompt: list[int], *, max_num_batched_tokens: int) -> tuple[list[float], list[int]]:
+    """Logprob of each prompt token but the first, and the greedy continuation.
+
+    Args:
+        max_num_batched_tokens: a prompt longer than this is computed in chunks. Few tokens and one
+            sequence at a time make few shapes to compile, which is what these tests wait for.
+    """
     from jaxllm import LLM, SamplingParams
 
     llm = LLM(
@@ -17,10 +21,9 @@ def run(directory: Path, prompt: list[int], **arguments: Any) -> tuple[list[floa
         skip_tokenizer_init=True,
         dtype="float32",
         max_model_len=len(prompt) + NUM_GREEDY_TOKENS,
-        max_num_seqs=2,
-        max_num_batched_tokens=64,
+        max_num_seqs=1,
+        max_num_batched_tokens=max_num_batched_tokens,
         kv_cache_memory_bytes=8 << 20,
-        **arguments,
     )
     params = SamplingParams(
         temperature=0.0,
@@ -30,6 +33,7 @@ def run(directory: Path, prompt: list[int], **arguments: Any) -> tuple[list[floa
         detokenize=False,
     )
     [output] = llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
+    llm.shutdown()
     assert output.prompt_logprobs is not None and output.prompt_logprobs[0] is None
     logprobs = [
         entry[token].logprob for entry, token in zip(output.prompt_logprobs[1:], prompt[1:], strict=True)

@@ -58,6 +58,6 @@ def test_parameters_compute_what_hugging_face_does(name: str, tmp_path: Path) ->
 @pytest.mark.parametrize("name", NAMES)
 def test_engine_equals_hugging_face(name: str, tmp_path: Path) -> None:
     golden = read_golden(name)
-    logprobs, tokens = engine.run(checkpoint(golden, tmp_path), golden["prompt"])
+    logprobs, tokens = engine.run(checkpoint(golden, tmp_path), golden["prompt"], max_num_batched_tokens=16)
     np.testing.assert_allclose(logprobs, golden["prompt_logprobs"], atol=TOLERANCE, rtol=0)
     assert tokens == golden["greedy"]
