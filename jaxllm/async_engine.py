@@ -359,9 +359,10 @@ class AsyncEngine:
                 if outputs:
                     self._publish(outputs)
             self._abort(list(self._streams))
-            self.engine.shutdown()
         except BaseException as error:
             self._die(error)
+        finally:
+            self.engine.shutdown()
 
     def _take_commands(self) -> bool:
         """Run what is in the inbox, waiting for something while idle; False when told to stop."""

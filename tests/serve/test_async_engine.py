@@ -204,6 +204,7 @@ def test_a_failing_engine_ends_everybody(where: str) -> None:
             fake.refuse_submit = MemoryError("no more memory")
         results = asyncio.run(main(fake, engine))
         assert isinstance(engine.error, MemoryError)
+        assert fake.is_shut_down
     # The submission that broke it is told why; everybody else that the engine is dead.
     expected = (EngineDeadError, MemoryError) if where == "submit" else EngineDeadError
     assert all(isinstance(result, expected) for result in results)
