@@ -39,7 +39,7 @@ def build_runner(
     form = DecoderForm(
         dtype=jnp.dtype(config.dtype),
         feature_major=platform.feature_major,
-        scan_layers=platform.scan_layers,
+        stack_layers=platform.stack_layers,
         attention_backend=choose_backend(config.attention_backend, platform.name),
     )
     decoder = Decoder(model, form)
@@ -65,7 +65,7 @@ def build_runner(
             specs,
             dtype=config.dtype,
             mesh=make_mesh(devices=[device]),
-            stack_layers=form.scan_layers,
+            stack_layers=form.stack_layers,
             load_format=config.load_format,
             seed=config.seed,
             progress=progress,
@@ -93,7 +93,7 @@ def _abstract_parameters(specs: dict[str, ParameterSpec], form: DecoderForm) -> 
     def of(spec: ParameterSpec) -> Any:
         if spec.num_layers is None:
             return jax.ShapeDtypeStruct(spec.shape, form.dtype)
-        if form.scan_layers:
+        if form.stack_layers:
             return jax.ShapeDtypeStruct((spec.num_layers, *spec.shape), form.dtype)
         return [jax.ShapeDtypeStruct(spec.shape, form.dtype)] * spec.num_layers
 

@@ -14,7 +14,7 @@ class Platform:
 
     Attributes:
         feature_major: activations as [features, T]; on CPU the faster form of a product by far.
-        scan_layers: one traced layer over stacked weights. On CPU a scan copies each layer's weights.
+        stack_layers: one array for the weights of all layers. On CPU a scan over it would copy them.
         compiler_options: of every step.
         default_max_num_seqs, default_max_num_batched_tokens: where the user leaves them open.
         checkpoint_dtype: whether dtype="auto" follows the checkpoint; on CPU bfloat16 is emulated,
@@ -23,7 +23,7 @@ class Platform:
 
     name: str
     feature_major: bool = False
-    scan_layers: bool = True
+    stack_layers: bool = True
     compiler_options: dict[str, bool | str | int] = field(default_factory=dict)
     default_max_num_seqs: int = 256
     default_max_num_batched_tokens: int = 8192
@@ -34,7 +34,7 @@ _PLATFORMS = {
     "cpu": Platform(
         "cpu",
         feature_major=True,
-        scan_layers=False,
+        stack_layers=False,
         default_max_num_seqs=64,
         default_max_num_batched_tokens=2048,
         checkpoint_dtype=False,

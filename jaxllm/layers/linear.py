@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -11,6 +15,27 @@ from jax import lax
 def declare(shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: jnp.dtype) -> nnx.Param[jax.Array]:
     """A parameter without values: its shape, its dtype and the logical axis of each dimension."""
     return nnx.Param(jax.ShapeDtypeStruct(shape, dtype), logical_axes=axes)
+
+
+@dataclass(frozen=True)
+class OneOfLayers:
+    """A layer's weight among those of all layers, where a loop over layers keeps them apart.
+
+    A loop that sliced a stack would copy every weight on a CPU. Here it branches to a product with
+    the right array instead: nothing is copied, and the loop's body is still compiled only once.
+    """
+
+    index: jax.Array
+    arrays: Sequence[jax.Array]
+
+
+def apply_weight(
+    function: Callable[[jax.Array, jax.Array], jax.Array], weight: jax.Array | OneOfLayers, x: jax.Array
+) -> jax.Array:
+    """function(weight, x)."""
+    if isinstance(weight, OneOfLayers):
+        return lax.switch(weight.index, [functools.partial(function, array) for array in weight.arrays], x)
+    return function(weight, x)
 
 
 class Linear(nnx.Module):
@@ -37,18 +62,17 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x: [in..., T] or [T, in...]; returns [out..., T] or [T, out...] alike."""
-        weight = self.weight[...]
-        in_dims = tuple(range(weight.ndim - self.num_inputs, weight.ndim))
-        first = 0 if self.feature_major else 1
-        x_dims = tuple(range(first, first + self.num_inputs))
-        if self.feature_major:
-            y = lax.dot_general(weight, x, ((in_dims, x_dims), ((), ())))
-        else:
-            y = lax.dot_general(x, weight, ((x_dims, in_dims), ((), ())))
+        y = apply_weight(self._product, self.weight.get_value(), x)
         if self.bias is not None:
             bias = self.bias[...]
             y = y + (bias[..., None] if self.feature_major else bias)
         return y
+
+    def _product(self, weight: jax.Array, x: jax.Array) -> jax.Array:
+        in_dims = tuple(range(weight.ndim - self.num_inputs, weight.ndim))
+        if self.feature_major:
+            return lax.dot_general(weight, x, ((in_dims, tuple(range(self.num_inputs))), ((), ())))
+        return lax.dot_general(x, weight, ((tuple(range(1, self.num_inputs + 1)), in_dims), ((), ())))
 
 
 def to_token_major(x: jax.Array, feature_major: bool) -> jax.Array:

@@ -9,13 +9,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import lax
 
 from jaxllm.layers.attention import Attention, AttentionInputs
 from jaxllm.layers.embedding import Embedding
-from jaxllm.layers.linear import Linear
+from jaxllm.layers.linear import Linear, OneOfLayers
 from jaxllm.layers.mlp import MLP
 from jaxllm.layers.norm import hidden_norm
 from jaxllm.layers.rope import rotation_table
@@ -31,13 +30,14 @@ class DecoderForm:
     Attributes:
         dtype: of parameters and activations.
         feature_major: activations are [features, T] rather than [T, features].
-        scan_layers: one traced layer over stacked parameters, rather than every layer in turn.
+        stack_layers: the parameters of all layers are one array, sliced by a scan, rather than a list
+            of arrays, one of which each turn of a loop picks.
         attention_backend: which kernel attends.
     """
 
     dtype: Any
     feature_major: bool
-    scan_layers: bool
+    stack_layers: bool
     attention_backend: Backend
 
 
@@ -134,7 +134,7 @@ class Decoder:
     """A model's graph, split from its parameters: pure functions of the parameters it is given.
 
     Parameters are a dict by name, as `parameter_specs` lists them. Those of layers ("layers.*") are
-    stacked [layers, ...] where `form.scan_layers`, else a list of arrays.
+    stacked [layers, ...] where `form.stack_layers`, else a list of arrays.
     """
 
     def __init__(self, config: ModelConfig, form: DecoderForm) -> None:
@@ -165,7 +165,7 @@ class Decoder:
         )
         x = trunk.embed_tokens(inputs.token_ids, inputs.positions)
         for first, last, window in _groups_of_like_layers(self.config):
-            run = self._scan_layers if self.form.scan_layers else self._unroll_layers
+            run = self._scan_layers if self.form.stack_layers else self._loop_over_layers
             x, kv_pages = run(params, x, kv_pages, attention_inputs, first, last, window, decode_only)
         return x, kv_pages
 
@@ -176,7 +176,7 @@ class Decoder:
     def _trunk_of(self, params: dict[str, Any]) -> Trunk:
         return _merge(self._trunk, self._trunk_params, params)
 
-    def _unroll_layers(
+    def _loop_over_layers(
         self,
         params: dict[str, Any],
         x: jax.Array,
@@ -187,16 +187,21 @@ class Decoder:
         window: int | None,
         decode_only: bool,
     ) -> tuple[jax.Array, jax.Array]:
-        # Traced once and called for every layer: XLA inlines the calls, and the index becomes a constant.
-        run = jax.jit(functools.partial(self._run_layer, window=window, decode_only=decode_only))
-        for index in range(first, last):
-            own = {name: params[f"layers.{name}"][index] for name, _ in self._layer_params}
-            x, kv_pages = run(own, x, kv_pages, np.int32(index), inputs)
-        return x, kv_pages
+        # Biases and scales are small enough to stack and slice; matrices stay where they are.
+        by_layer = {name: params[f"layers.{name}"] for name, _ in self._layer_params}
+        matrices = {n: a for n, a in by_layer.items() if n.endswith(".weight") and a[0].ndim > 1}
+        small = {n: jnp.stack(a) for n, a in by_layer.items() if n not in matrices}
+
+        def body(index: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            own: dict[str, Any] = {name: OneOfLayers(index, arrays) for name, arrays in matrices.items()}
+            own |= {name: stack[index] for name, stack in small.items()}
+            return self._run_layer(own, *carry, index, inputs, window=window, decode_only=decode_only)
+
+        return lax.fori_loop(first, last, body, (x, kv_pages))
 
     def _run_layer(
         self,
-        params: dict[str, jax.Array],
+        params: dict[str, Any],
         x: jax.Array,
         kv_pages: jax.Array,
         index: jax.Array,
@@ -235,7 +240,7 @@ class Decoder:
 
 def parameter_specs(config: ModelConfig) -> dict[str, ParameterSpec]:
     """Every parameter of a model: name to shape and logical axes, whatever it will run on."""
-    form = DecoderForm(jnp.float32, feature_major=False, scan_layers=False, attention_backend="reference")
+    form = DecoderForm(jnp.float32, feature_major=False, stack_layers=False, attention_backend="reference")
     return Decoder(config, form).parameter_specs()
 
 
