@@ -66,6 +66,7 @@ def compare(
     workloads: list[Workload],
     repeats: int,
     seed: int,
+    max_num_batched_tokens: int | None = None,
 ) -> Comparison:
     """Loads the engines one after the other, then runs each workload in turn on each of them."""
     max_model_len = max(w.input_len + w.output_len for w in workloads)
@@ -73,7 +74,11 @@ def compare(
     engines, load_seconds = [], []
     for peer in peers:
         engine, seconds = peer.load(
-            model=str(checkpoint), dtype=dtype, max_model_len=max_model_len, max_num_seqs=max_num_seqs
+            model=str(checkpoint),
+            dtype=dtype,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
         )
         print(f"{engine} loaded in {seconds:.1f} s", flush=True)
         engines.append(engine)
@@ -144,6 +149,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--row", type=parse_workload, action="append", help="16x512->32/448; may be repeated")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--max-num-batched-tokens", type=int, help="of both engines; default: what each chooses"
+    )
     parser.add_argument("--checkpoint", type=Path, help="keep the random checkpoint here and use it again")
     parser.add_argument("--logs", type=Path, help="directory for what the engines print")
     add_output_arguments(parser)
@@ -166,7 +174,14 @@ def main(arguments: list[str] | None = None) -> None:
         peers = [stack.enter_context(Peer(name, python, logs / f"{name}.log")) for name, python in names]
         workloads = options.row or STANDARD
         result = compare(
-            peers, checkpoint, options.shape, options.dtype, workloads, options.repeats, options.seed
+            peers,
+            checkpoint,
+            options.shape,
+            options.dtype,
+            workloads,
+            options.repeats,
+            options.seed,
+            options.max_num_batched_tokens,
         )
     print_comparison(result)
     write_json(options.json, result)

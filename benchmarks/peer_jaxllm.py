@@ -15,9 +15,9 @@ def load(options: dict[str, Any]) -> tuple[str, Generate]:
         dtype=options["dtype"],
         max_model_len=options["max_model_len"],
         max_num_seqs=options["max_num_seqs"],
+        max_num_batched_tokens=options.get("max_num_batched_tokens"),
         enable_prefix_caching=True,
         seed=0,
-        **options.get("arguments", {}),
     )
 
     # Most shapes compile in the background; a comparison is about what follows.

@@ -15,8 +15,9 @@ def load(options: dict[str, Any]) -> tuple[str, Generate]:
         dtype=options["dtype"],
         max_model_len=options["max_model_len"],
         max_num_seqs=options["max_num_seqs"],
+        max_num_batched_tokens=options.get("max_num_batched_tokens"),
         enable_prefix_caching=True,
-        gpu_memory_utilization=options.get("gpu_memory_utilization", 0.4),
+        gpu_memory_utilization=0.4,
         seed=0,
     )
 

@@ -65,7 +65,7 @@ def run(options: argparse.Namespace, machine: Machine, workloads: list[Workload]
         )
         wait_until_compiled(llm)
         engine = llm.llm_engine
-        dtype, budget = engine.config.dtype, engine.config.max_num_batched_tokens
+        dtype, budget = engine.config.dtype, engine.config.max_num_batched_tokens or 1
         cost = ModelCost.from_config(engine.model_config, dtype)
         rows = []
         for workload in workloads:

@@ -203,7 +203,9 @@ def test_comparing_with_oneself(tiny: str, tmp_path: Path) -> None:
         peers.Peer("jaxllm", sys.executable, tmp_path / "a") as ours,
         peers.Peer("jaxllm", sys.executable, tmp_path / "b") as theirs,
     ):
-        result = compare.compare([ours, theirs], directory, tiny, "float32", rows, repeats=2, seed=0)
+        result = compare.compare(
+            [ours, theirs], directory, tiny, "float32", rows, repeats=2, seed=0, max_num_batched_tokens=32
+        )
     assert result.engines[0].startswith("jaxllm ")
     assert [[len(m.seconds) for m in row] for row in result.runs] == [[2, 2], [2, 2]]
     assert all(seconds > 0 for row in result.runs for m in row for seconds in m.seconds)
@@ -213,7 +215,8 @@ def test_comparing_with_oneself(tiny: str, tmp_path: Path) -> None:
 
 def test_a_start_is_timed_to_its_first_token(tiny: str, tmp_path: Path) -> None:
     directory = checkpoint.write_checkpoint(tiny, tmp_path / "model")
-    arguments: dict[str, object] = {"model": str(directory), "max_num_seqs": 2, "max_model_len": 64}
+    arguments: dict[str, object] = {"model": str(directory), "max_num_seqs": 2, "max_model_len": 32}
+    arguments["max_num_batched_tokens"] = 32
     start = startup.start_once(arguments | {"compilation_cache_dir": str(tmp_path / "cache")}, 4, "cold")
     assert [name for name, _ in start.stages] == list(startup.STAGES)
     assert all(seconds > 0 for _, seconds in start.stages)
