@@ -120,7 +120,7 @@ def read_seconds(files: list[Path]) -> float:
     for file in files:
         buffer = np.empty(file.stat().st_size, np.uint8)
         with file.open("rb", buffering=0) as opened:
-            view = memoryview(buffer)
+            view = memoryview(buffer.data)
             while view and (size := opened.readinto(view)):
                 view = view[size:]
     return time.perf_counter() - began

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from jaxllm.errors import ConfigError
 from jaxllm.models.config import ModelConfig

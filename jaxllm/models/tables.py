@@ -98,8 +98,11 @@ class _TableBuilder:
 def llama_table(config: ModelConfig) -> CheckpointTable:
     """Llama, Mistral, Qwen2, Qwen3."""
     table, layer = _TableBuilder(config), "layers.{layer}"
-    heads = [("q_proj", (slice(None), table.queries), "k g h"), ("k_proj", (slice(None), table.key), "k h")]
-    heads.append(("v_proj", (slice(None), table.value), "k h"))
+    heads: tuple[tuple[str, Index, str], ...] = (
+        ("q_proj", (slice(None), table.queries), "k g h"),
+        ("k_proj", (slice(None), table.key), "k h"),
+        ("v_proj", (slice(None), table.value), "k h"),
+    )
     table.add("embed_tokens.weight", "embed.weight", "v e")
     table.add(f"{layer}.input_layernorm.weight", "layers.attention_norm.weight", "d")
     for name, at, axes in heads:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from jaxllm.convert import convert
 from jaxllm.models.decoder import parameter_specs
 from jaxllm.models.families import translate_config
 from jaxllm.models.hub import read_config
@@ -59,5 +60,13 @@ def test_parameters_compute_what_hugging_face_does(name: str, tmp_path: Path) ->
 def test_engine_equals_hugging_face(name: str, tmp_path: Path) -> None:
     golden = read_golden(name)
     logprobs, tokens = engine.run(checkpoint(golden, tmp_path), golden["prompt"], max_num_batched_tokens=16)
+    np.testing.assert_allclose(logprobs, golden["prompt_logprobs"], atol=TOLERANCE, rtol=0)
+    assert tokens == golden["greedy"]
+
+
+def test_a_converted_model_equals_hugging_face(tmp_path: Path) -> None:
+    golden = read_golden("qwen2-window-upper-layers")
+    convert(str(checkpoint(golden, tmp_path / "model")), tmp_path / "converted")
+    logprobs, tokens = engine.run(tmp_path / "converted", golden["prompt"], max_num_batched_tokens=16)
     np.testing.assert_allclose(logprobs, golden["prompt_logprobs"], atol=TOLERANCE, rtol=0)
     assert tokens == golden["greedy"]
