@@ -4,7 +4,7 @@ from jaxllm import LLM, SamplingParams
 
 
 def main():
-    llm = LLM(model="demo")
+    llm = LLM(model="demo", max_model_len=256, max_num_seqs=8)
     params = llm.get_default_sampling_params()
     print("defaults:", params.temperature, params.top_p)
     params.max_tokens = 5
@@ -15,9 +15,6 @@ def main():
     outputs = llm.wait_for_completion()
     print("enqueued:", [output.request_id for output in outputs] == ids)
     print("tokens:", sum(len(output.outputs[0].token_ids) for output in outputs))
-
-    plain = LLM(model="demo", generation_config="vllm").get_default_sampling_params()
-    print("plain:", plain.temperature, plain.top_p)
 
 
 if __name__ == "__main__":
