@@ -5,9 +5,11 @@ from __future__ import annotations
 import difflib
 import logging
 import os
+import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from functools import lru_cache
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from jaxllm.errors import ConfigError, UnsupportedError
 
@@ -98,6 +100,34 @@ class EngineConfig:
     forbid_recompile: bool = False
     compilation_cache_dir: str | None = None
     disable_log_stats: bool = False
+
+    def __post_init__(self) -> None:
+        for name, (allowed, described) in _field_types().items():
+            value = getattr(self, name)
+            if isinstance(value, bool) and bool not in allowed:
+                fits = False
+            else:
+                fits = value in allowed or isinstance(value, tuple(a for a in allowed if isinstance(a, type)))
+            if not fits:
+                raise ConfigError(f"{name}={value!r} must be {described}.", param=name)
+
+
+@lru_cache(maxsize=1)
+def _field_types() -> dict[str, tuple[tuple[Any, ...], str]]:
+    """For each field of `EngineConfig` the types or literal values that it takes, and these in words."""
+    words = {bool: "True or False", int: "an integer", float: "a number", str: "a string", dict: "a dict"}
+    takes: dict[str, tuple[tuple[Any, ...], str]] = {}
+    for name, hint in get_type_hints(EngineConfig).items():
+        allowed: list[Any] = []
+        for part in get_args(hint) if get_origin(hint) is types.UnionType else (hint,):
+            if get_origin(part) is Literal:
+                allowed += get_args(part)
+            else:
+                allowed.append(get_origin(part) or part)
+        described = " or ".join(words.get(a, repr(None if a is type(None) else a)) for a in allowed)
+        # A whole number is a number, too.
+        takes[name] = ((*allowed, int) if float in allowed else tuple(allowed), described)
+    return takes
 
 
 # Arguments of vLLM that tune torch or CUDA: there is nothing here that they could change.
