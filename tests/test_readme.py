@@ -48,7 +48,7 @@ def run(command: list[str], code: str) -> str:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=400,
         env={**os.environ, "CI": "true"},
     )
     assert result.returncode == 0, result.stderr[-4000:]
@@ -71,7 +71,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             stderr=subprocess.STDOUT,
         )
         try:
-            deadline = time.monotonic() + 240
+            deadline = time.monotonic() + 400
             while True:
                 assert process.poll() is None, log.read_text()[-4000:]
                 assert time.monotonic() < deadline, f"not healthy in time:\n{log.read_text()[-4000:]}"
