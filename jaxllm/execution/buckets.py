@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 
 from jaxllm.execution.batch import StepShape
@@ -13,15 +14,15 @@ def step_shapes(max_num_seqs: int, max_num_batched_tokens: int, pages_per_seq: i
     """Every shape, in the order in which they are wanted.
 
     The first ones cover every plan: the largest mixed step, the largest decode, a lone decode and a
-    short prompt. The others make steps cheaper, the common ones first.
+    short prompt. The others make steps cheaper, from the middle sizes outwards.
     """
-    decodes = [n for n in _sizes(1, max_num_seqs) if n <= max_num_batched_tokens]
-    prefills = _sizes(min(SMALLEST_PREFILL, max_num_batched_tokens), max_num_batched_tokens)
+    decodes = _sizes(1, min(max_num_seqs, max_num_batched_tokens), fine_from=32)
+    prefills = _sizes(min(SMALLEST_PREFILL, max_num_batched_tokens), max_num_batched_tokens, fine_from=1024)
     decode_shapes = [StepShape(n, n, pages_per_seq, True) for n in decodes]
     mixed_shapes = [StepShape(n, min(n, max_num_seqs), pages_per_seq, False) for n in prefills]
     covering = [mixed_shapes[-1], decode_shapes[-1], decode_shapes[0], mixed_shapes[0]]
-    others = [*reversed(decode_shapes), *reversed(mixed_shapes)]
-    return list(dict.fromkeys([*covering, *others]))
+    others = itertools.zip_longest(_from_the_middle(mixed_shapes), _from_the_middle(decode_shapes))
+    return list(dict.fromkeys([*covering, *(shape for pair in others for shape in pair if shape)]))
 
 
 def num_covering(shapes: list[StepShape]) -> int:
@@ -29,15 +30,20 @@ def num_covering(shapes: list[StepShape]) -> int:
     return min(4, len(shapes))
 
 
-def _sizes(smallest: int, largest: int) -> list[int]:
-    """Powers of two from `smallest`, with a step between from 16 on, up to and with `largest`."""
+def _sizes(smallest: int, largest: int, fine_from: int) -> list[int]:
+    """Powers of two from `smallest` up to and with `largest`; from `fine_from` on with a step between."""
     sizes, size = [], smallest
     while size < largest:
         sizes.append(size)
-        if size >= 16 and size + size // 2 < largest:
+        if size >= fine_from and size + size // 2 < largest:
             sizes.append(size + size // 2)
         size *= 2
     return [*sizes, largest]
+
+
+def _from_the_middle(shapes: list[StepShape]) -> list[StepShape]:
+    middle = len(shapes) // 2
+    return sorted(shapes, key=lambda shape: abs(shapes.index(shape) - middle))
 
 
 def choose(

@@ -79,5 +79,6 @@ def to_token_major(x: jax.Array, feature_major: bool) -> jax.Array:
     """[features..., T] to [T, features...]; token-major input is returned as it is."""
     if not feature_major:
         return x
-    # Without the barrier XLA folds the transpose into the product and gives up its fast form.
-    return jnp.moveaxis(lax.optimization_barrier(x), -1, 0)
+    # Without the first barrier XLA folds the transpose into the product and gives up its fast form;
+    # without the second it reads across the rows, once for every use.
+    return lax.optimization_barrier(jnp.moveaxis(lax.optimization_barrier(x), -1, 0))

@@ -25,8 +25,11 @@ from pallas_kernels.ragged_paged_attention.cache import write_new_tokens
 MASKED = -1e30
 DECODE_BLOCK = 64
 DECODE_LANES = (4, 32)
-PREFILL_TILE = 128
-PREFILL_BLOCK = 256
+# (queries in a tile, keys in a block) of prefills; the short ones where no sequence has more queries
+# than SHORT_PREFILL, since a tile costs the same whether it is full or not.
+SHORT_PREFILL = 128
+SHORT_TILES = (64, 128)
+LONG_TILES = (256, 256)
 
 
 def attend(
@@ -145,10 +148,31 @@ def _attend_prefills(
 
     Rows of other sequences hold numbers of no meaning.
     """
+
+    def in_tiles(sizes: tuple[int, int]) -> jax.Array:
+        return _attend_in_tiles(q, kv_pages, layer, page_table, seq_lens, query_starts, window, *sizes)
+
+    if q.shape[0] <= SHORT_PREFILL:
+        return in_tiles(SHORT_TILES)
+    longest = jnp.max(query_starts[1:] - query_starts[:-1])
+    return lax.cond(longest > SHORT_PREFILL, lambda: in_tiles(LONG_TILES), lambda: in_tiles(SHORT_TILES))
+
+
+def _attend_in_tiles(
+    q: jax.Array,
+    kv_pages: jax.Array,
+    layer: jax.Array | int,
+    page_table: jax.Array,
+    seq_lens: jax.Array,
+    query_starts: jax.Array,
+    window: int | None,
+    tile: int,
+    block: int,
+) -> jax.Array:
     num_tokens, num_kv_heads, group, head_dim = q.shape
     page_size = kv_pages.shape[2]
-    tile = min(PREFILL_TILE, num_tokens)
-    pages_per_block = max(1, PREFILL_BLOCK // page_size)
+    tile = min(tile, num_tokens)
+    pages_per_block = max(1, block // page_size)
     block_size = pages_per_block * page_size
     # Room past the end, so that neither a tile nor a block is ever shifted back to fit.
     q = jnp.pad(q.astype(jnp.float32), ((0, tile), (0, 0), (0, 0), (0, 0)))
