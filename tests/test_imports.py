@@ -23,14 +23,14 @@ LEVELS: list[set[str]] = [
     {"jaxllm.llm", "jaxllm.async_engine", "jaxllm.convert"},
     {"jaxllm.beam_search"},
     {"jaxllm.engine"},
-    {"jaxllm.execution", "jaxllm.input_processor", "jaxllm.output_processor"},
+    {"jaxllm.execution", "jaxllm.input_processor", "jaxllm.output_processor", "jaxllm.stats"},
     {"jaxllm.models"},
     {"jaxllm.layers"},
     {"jaxllm.scheduling"},
     {"jaxllm.text"},
     {"jaxllm.request"},
     {"jaxllm.progress"},
-    {"jaxllm.sampling_params", "jaxllm.inputs", "jaxllm.stats", "jaxllm.config", "jaxllm.outputs"},
+    {"jaxllm.sampling_params", "jaxllm.inputs", "jaxllm.config", "jaxllm.outputs"},
     {"jaxllm.models.config", "jaxllm.demo", "jaxllm.errors"},
 ]
 
