@@ -86,7 +86,9 @@ class Engine:
                 download_dir=config.download_dir,
             )
         input_processor = InputProcessor(tokenizer, model_config, config, read_generation_config(path))
-        runner, num_pages = build_runner(config, model_config, path, platform, progress=not config.disable_log_stats)
+        runner, num_pages = build_runner(
+            config, model_config, path, platform, progress=not config.disable_log_stats
+        )
         scheduler = Scheduler(
             SchedulerConfig(
                 max_num_seqs=config.max_num_seqs or 1,

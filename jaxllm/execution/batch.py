@@ -13,7 +13,17 @@ from jaxllm.execution.sampler import SamplingInputs
 from jaxllm.models.decoder import TokenInputs
 
 # One column each, of every sequence, in the packed integers and floats.
-INTEGERS = ("seq_lens", "rope_lengths", "slots", "samples", "seeds", "positions", "top_k", "penalties", "bias")
+INTEGERS = (
+    "seq_lens",
+    "rope_lengths",
+    "slots",
+    "samples",
+    "seeds",
+    "positions",
+    "top_k",
+    "penalties",
+    "bias",
+)
 FLOATS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 
 

@@ -46,9 +46,7 @@ def _from_the_middle(shapes: list[StepShape]) -> list[StepShape]:
     return sorted(shapes, key=lambda shape: abs(shapes.index(shape) - middle))
 
 
-def choose(
-    ready: Iterable[StepShape], num_tokens: int, num_seqs: int, decode_only: bool
-) -> StepShape | None:
+def choose(ready: Iterable[StepShape], num_tokens: int, num_seqs: int, decode_only: bool) -> StepShape | None:
     """The cheapest ready shape that a plan fits into, or None.
 
     Args:

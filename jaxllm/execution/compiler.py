@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from tqdm import tqdm
@@ -37,15 +37,12 @@ class StepCompiler:
         self._complete = complete
         self._closed = threading.Event()
         self._started = time.monotonic()
-        count = len(self._shapes) if complete else num_covering(self._shapes)
-        self._foreground = self._compile_all(self._shapes[:count], min(count, os.cpu_count() or 1))
-        self._background: list[Future[None]] = []
-
-    def _compile_all(self, shapes: Sequence[StepShape], num_threads: int) -> list[Future[None]]:
-        pool = ThreadPoolExecutor(num_threads, thread_name_prefix="jaxllm-compile")
-        futures = [pool.submit(self._compile, shape) for shape in shapes]
+        self._num_foreground = len(self._shapes) if complete else num_covering(self._shapes)
+        pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="jaxllm-compile")
+        self._foreground = [pool.submit(self._compile, s) for s in self._shapes[: self._num_foreground]]
         pool.shutdown(wait=False)
-        return futures
+        self._background: threading.Thread | None = None
+        self._background_error: BaseException | None = None
 
     def _compile(self, shape: StepShape) -> None:
         if not self._closed.is_set():
@@ -56,15 +53,32 @@ class StepCompiler:
         for future in tqdm(self._foreground, desc="Compiling", unit="step", disable=not progress):
             future.result()
         logger.info("compiled %d steps in %.1f s", len(self._foreground), time.monotonic() - self._started)
-        rest = self._shapes[len(self._foreground) :]
+        rest = self._shapes[self._num_foreground :]
         if rest:
             logger.info("compiling %d more in the background; each is used as soon as it is ready", len(rest))
-            self._background = self._compile_all(rest, 1)
+            self._background = threading.Thread(target=self._compile_rest, args=[rest], name="jaxllm-compile")
+            self._background.start()
+
+    def _compile_rest(self, shapes: Sequence[StepShape]) -> None:
+        for shape in shapes:
+            # A program that ends must not wait for what it will never run.
+            if self._closed.is_set() or not threading.main_thread().is_alive():
+                return
+            try:
+                self._compile(shape)
+            except Exception as error:
+                # Larger shapes that are ready take its plans; they only cost more.
+                logger.warning("compiling %s failed, larger steps take its place: %s", shape, error)
+                self._background_error = error
 
     def wait_for_all(self) -> None:
-        """Returns once every shape is compiled."""
-        for future in [*self._foreground, *self._background]:
+        """Returns once every shape is compiled; raises what went wrong with one."""
+        for future in self._foreground:
             future.result()
+        if self._background is not None:
+            self._background.join()
+        if self._background_error is not None:
+            raise self._background_error
 
     @property
     def num_ready(self) -> int:
@@ -88,8 +102,7 @@ class StepCompiler:
     def close(self) -> None:
         """Starts no further compilation, and waits for those under way."""
         self._closed.set()
-        for future in self._background:
+        for future in self._foreground:
             future.cancel()
-        for future in self._background:
-            if not future.cancelled():
-                future.exception()
+        if self._background is not None:
+            self._background.join()

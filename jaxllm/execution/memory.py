@@ -79,9 +79,18 @@ def num_kv_pages(
             "kv_cache_memory_bytes or gpu_memory_utilization."
         )
     tokens = int(pages) * config.block_size
-    logger.info("KV cache: %s tokens in %s pages of %s (%s, %s)", f"{tokens:,}", f"{pages:,}", config.block_size, _gib(pages * page), basis)
     logger.info(
-        "Maximum concurrency for %s tokens per request: %.2fx", f"{config.max_model_len:,}", tokens / (config.max_model_len or 1)
+        "KV cache: %s tokens in %s pages of %s (%s, %s)",
+        f"{tokens:,}",
+        f"{pages:,}",
+        config.block_size,
+        _gib(pages * page),
+        basis,
+    )
+    logger.info(
+        "Maximum concurrency for %s tokens per request: %.2fx",
+        f"{config.max_model_len:,}",
+        tokens / (config.max_model_len or 1),
     )
     return int(pages) + 1
 

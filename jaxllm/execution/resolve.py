@@ -23,7 +23,9 @@ def resolve(config: EngineConfig, model: ModelConfig, platform: Platform) -> Eng
     for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
         _at_least_one(name, getattr(config, name))
         if getattr(config, name) != 1:
-            raise UnsupportedError(f"{name}={getattr(config, name)}: one device runs the model so far; leave it at 1.")
+            raise UnsupportedError(
+                f"{name}={getattr(config, name)}: one device runs the model so far; leave it at 1."
+            )
     for name in ("block_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens"):
         if getattr(config, name) is not None:
             _at_least_one(name, getattr(config, name))
@@ -37,7 +39,9 @@ def resolve(config: EngineConfig, model: ModelConfig, platform: Platform) -> Eng
             param="gpu_memory_utilization",
         )
     if config.max_logprobs < -1:
-        raise ConfigError(f"max_logprobs={config.max_logprobs} must be -1 (no limit) or more.", param="max_logprobs")
+        raise ConfigError(
+            f"max_logprobs={config.max_logprobs} must be -1 (no limit) or more.", param="max_logprobs"
+        )
     if config.max_model_len is not None and config.max_model_len > model.max_position_embeddings:
         raise ConfigError(
             f"max_model_len={config.max_model_len} is beyond the {model.max_position_embeddings} positions that "
@@ -66,7 +70,9 @@ def resolve(config: EngineConfig, model: ModelConfig, platform: Platform) -> Eng
         )
     prefix_caching = config.enable_prefix_caching
     if prefix_caching and model.rope is not None and model.rope.scaling == "dynamic":
-        logger.warning("prefix caching is off: with dynamic rope scaling keys depend on the length of the prompt")
+        logger.warning(
+            "prefix caching is off: with dynamic rope scaling keys depend on the length of the prompt"
+        )
         prefix_caching = False
     return replace(
         config,
@@ -79,8 +85,14 @@ def resolve(config: EngineConfig, model: ModelConfig, platform: Platform) -> Eng
 
 
 def resolve_dtype(dtype: str, model: ModelConfig, platform: Platform) -> str:
-    """"auto", "half" and "float" to a dtype's name; raises ConfigError for an unknown one."""
-    names = {"half": "float16", "float": "float32", "float32": "float32", "float16": "float16", "bfloat16": "bfloat16"}
+    """ "auto", "half" and "float" to a dtype's name; raises ConfigError for an unknown one."""
+    names = {
+        "half": "float16",
+        "float": "float32",
+        "float32": "float32",
+        "float16": "float16",
+        "bfloat16": "bfloat16",
+    }
     if dtype == "auto":
         return model.dtype if platform.checkpoint_dtype and model.dtype in names else "float32"
     if dtype not in names:

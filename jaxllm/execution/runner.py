@@ -27,7 +27,9 @@ _COLUMN = {name: row for row, name in enumerate(INTEGERS)}
 class PendingResult:
     """A step that was launched; `result` waits for the device."""
 
-    def __init__(self, plan: Plan, output: StepOutput, wants_logprobs: bool, prompt_rows: dict[int, int]) -> None:
+    def __init__(
+        self, plan: Plan, output: StepOutput, wants_logprobs: bool, prompt_rows: dict[int, int]
+    ) -> None:
         self._plan = plan
         self._output = output
         self._wants_logprobs = wants_logprobs
@@ -37,7 +39,9 @@ class PendingResult:
         """The sampled tokens, and the log-probabilities that somebody asked for."""
         scheduled = self._plan.scheduled
         sampled = np.asarray(self._output.token_ids).tolist()
-        token_ids = [[token] if entry.samples else [] for entry, token in zip(scheduled, sampled, strict=False)]
+        token_ids = [
+            [token] if entry.samples else [] for entry, token in zip(scheduled, sampled, strict=False)
+        ]
         logprobs: list[list[TokenLogprobs] | None] = [None] * len(scheduled)
         if self._wants_logprobs:
             rows = _LogprobRows(self._output.logprobs)

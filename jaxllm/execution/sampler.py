@@ -140,7 +140,9 @@ def sample(
         state.last_token.at[jnp.where(inputs.samples, inputs.slots, state.last_token.shape[0])].set(
             token, mode="drop"
         ),
-        state.output_counts.at[inputs.slots, token].add((inputs.samples & inputs.uses_penalties).astype(jnp.int32)),
+        state.output_counts.at[inputs.slots, token].add(
+            (inputs.samples & inputs.uses_penalties).astype(jnp.int32)
+        ),
         state.in_prompt,
         state.logit_bias,
     )
@@ -250,9 +252,7 @@ def _in_chunks(x: jax.Array, padding: float) -> jax.Array:
     return x.reshape(rows, -1, _DRAW_CHUNK)
 
 
-def log_probabilities(
-    logits: jax.Array, token: jax.Array, num_logprobs: int, mode: LogprobsMode
-) -> Logprobs:
+def log_probabilities(logits: jax.Array, token: jax.Array, num_logprobs: int, mode: LogprobsMode) -> Logprobs:
     """Of `token` int32[S] and of the most probable tokens, under logits [S, V]."""
     normalizer = jax.nn.logsumexp(logits, axis=1) if mode.endswith("logprobs") else jnp.zeros(logits.shape[0])
     chosen = jnp.take_along_axis(logits, token[:, None], axis=1)

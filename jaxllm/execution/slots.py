@@ -48,7 +48,9 @@ class SlotTable:
     def warm_up(self, state: SamplerState) -> None:
         """Compiles the updates of a row, so that the first request that needs one does not wait."""
         slot = jax.ShapeDtypeStruct((), np.int32)
-        counts, flags, bias = (jax.ShapeDtypeStruct((self._vocab_size,), d) for d in (np.int32, np.bool_, np.float32))
+        counts, flags, bias = (
+            jax.ShapeDtypeStruct((self._vocab_size,), d) for d in (np.int32, np.bool_, np.float32)
+        )
         self._write_counts = self._write_counts.lower(state, slot, counts, flags).compile()
         self._write_bias = self._write_bias.lower(state, slot, bias).compile()
 
@@ -110,12 +112,12 @@ class SlotTable:
 
 def uses_penalties(params: SamplingParams) -> bool:
     """Whether a sequence's earlier tokens change its logits."""
-    return (
-        params.presence_penalty != 0 or params.frequency_penalty != 0 or params.repetition_penalty != 1
-    )
+    return params.presence_penalty != 0 or params.frequency_penalty != 0 or params.repetition_penalty != 1
 
 
-def _write_counts(state: SamplerState, slot: jax.Array, counts: jax.Array, in_prompt: jax.Array) -> SamplerState:
+def _write_counts(
+    state: SamplerState, slot: jax.Array, counts: jax.Array, in_prompt: jax.Array
+) -> SamplerState:
     return replace(
         state,
         output_counts=state.output_counts.at[slot].set(counts),

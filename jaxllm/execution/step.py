@@ -9,7 +9,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxllm.execution.batch import StepShape, unpack
-from jaxllm.execution.sampler import Logprobs, LogprobsMode, SamplerState, log_probabilities, no_logprobs, sample
+from jaxllm.execution.sampler import (
+    Logprobs,
+    LogprobsMode,
+    SamplerState,
+    log_probabilities,
+    no_logprobs,
+    sample,
+)
 from jaxllm.models.decoder import Decoder
 
 # Prompt positions whose logits exist at once, so that a long prompt does not need [T, V] of memory.
@@ -86,4 +93,3 @@ def _prompt_logprobs(
 
     by_group = lax.map(of_rows, rows)
     return Logprobs(*(x.reshape(-1, *x.shape[2:])[:num_tokens] for x in by_group))
-

@@ -47,7 +47,9 @@ class VocabularyBias:
 
     def _forbidden_now(self, request: Request, length: int) -> frozenset[int]:
         forbidden = {
-            word[-1] for word in self._bad_words if _ends_with(request.token_ids, request.num_prompt_tokens, word[:-1])
+            word[-1]
+            for word in self._bad_words
+            if _ends_with(request.token_ids, request.num_prompt_tokens, word[:-1])
         }
         if length - request.num_prompt_tokens < self._min_tokens:
             forbidden.update(self._stop_ids)

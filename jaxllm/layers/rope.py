@@ -46,9 +46,7 @@ def _dimension_of(rope: RopeConfig, turns: float) -> float:
     )
 
 
-def rotation_table(
-    rope: RopeConfig, positions: jax.Array, lengths: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def rotation_table(rope: RopeConfig, positions: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines of a batch of tokens, computed once for all layers.
 
     Args:

@@ -100,7 +100,9 @@ def _validate(
     tokens, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
     if num_heads % num_kv_heads:
-        raise ValueError(f"{num_heads} query heads cannot be shared evenly by {num_kv_heads} key-value heads.")
+        raise ValueError(
+            f"{num_heads} query heads cannot be shared evenly by {num_kv_heads} key-value heads."
+        )
     if kv_pages.ndim != 5 or kv_pages.shape[3:] != (2 * num_kv_heads, head_dim):
         raise ValueError(
             "kv_pages must be [layers, pages, page_size, 2 * kv_heads, head_dim] with "
@@ -115,4 +117,6 @@ def _validate(
     if window is not None and window < 1:
         raise ValueError(f"window={window} must be at least 1, or None for full attention.")
     if decode_only and tokens != num_seqs:
-        raise ValueError(f"decode_only needs one query row per sequence; got {tokens} rows and {num_seqs} sequences.")
+        raise ValueError(
+            f"decode_only needs one query row per sequence; got {tokens} rows and {num_seqs} sequences."
+        )

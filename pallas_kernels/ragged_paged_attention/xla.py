@@ -221,11 +221,15 @@ def _attend_in_tiles(
             jnp.zeros((num_kv_heads, group * tile), jnp.float32),
             jnp.zeros((num_kv_heads, group * tile, head_dim), jnp.float32),
         )
-        _, _, weight_sum, acc = lax.while_loop(lambda carry: carry[0] * block_size < key_end, next_block, start)
+        _, _, weight_sum, acc = lax.while_loop(
+            lambda carry: carry[0] * block_size < key_end, next_block, start
+        )
         acc = acc / jnp.where(weight_sum > 0, weight_sum, 1)[..., None]
         acc = acc.reshape(num_kv_heads, group, tile, head_dim).transpose(2, 0, 1, 3)
         # Rows past the sequence's end belong to later tiles, which overwrite them.
         return index + 1, lax.dynamic_update_slice_in_dim(out, acc, row, 0)
 
-    _, out = lax.while_loop(lambda carry: carry[0] < list_end[-1], next_tile, (jnp.int32(0), jnp.zeros_like(q)))
+    _, out = lax.while_loop(
+        lambda carry: carry[0] < list_end[-1], next_tile, (jnp.int32(0), jnp.zeros_like(q))
+    )
     return out[:num_tokens]
