@@ -58,7 +58,7 @@ class Request:
         num_computed_tokens: positions whose keys and values are in the cache, or will be once
             the steps in flight have run.
         first_scheduled_time: when a plan first held it, in seconds of `time.monotonic()`; set by the engine.
-        first_token_time, last_token_time: when the host knew its first and its newest token; set by the engine.
+        first_token_time, last_token_time: when its first and its newest token were known; set by the engine.
         num_cached_tokens: prompt tokens found in the prefix cache at the first admission.
         pages: page ids holding positions [0, len(pages) * page_size), in order; while the
             request runs the list only grows.

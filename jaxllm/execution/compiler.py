@@ -94,8 +94,8 @@ class StepCompiler:
         shape = choose(list(self._ready), num_tokens, num_seqs, decode_only)
         if shape is None:
             raise RecompilationError(
-                f"no compiled step takes {num_tokens} tokens of {num_seqs} sequences; the scheduler must keep "
-                f"within max_num_batched_tokens and max_num_seqs, for which the largest is {self._shapes[0]}."
+                f"no compiled step takes {num_tokens} tokens of {num_seqs} sequences; the scheduler must "
+                f"keep within max_num_batched_tokens and max_num_seqs, for which the largest is {self._shapes[0]}."
             )
         return shape, self._ready[shape]
 

@@ -44,8 +44,8 @@ def resolve(config: EngineConfig, model: ModelConfig, platform: Platform) -> Eng
         )
     if config.max_model_len is not None and config.max_model_len > model.max_position_embeddings:
         raise ConfigError(
-            f"max_model_len={config.max_model_len} is beyond the {model.max_position_embeddings} positions that "
-            f"the model was made for ({model.architecture}). Pass at most that, or set "
+            f"max_model_len={config.max_model_len} is beyond the {model.max_position_embeddings} positions "
+            f"that the model was made for ({model.architecture}). Pass at most that, or set "
             "max_position_embeddings or a rope scaling through hf_overrides.",
             param="max_model_len",
         )
@@ -58,14 +58,14 @@ def resolve(config: EngineConfig, model: ModelConfig, platform: Platform) -> Eng
             budget = max(budget, max_model_len)
     if budget < max_num_seqs:
         raise ConfigError(
-            f"max_num_batched_tokens={budget} is less than max_num_seqs={max_num_seqs}, so that not every running "
-            "request could get a token in a step. Raise the one or lower the other.",
+            f"max_num_batched_tokens={budget} is less than max_num_seqs={max_num_seqs}, so that not every "
+            "running request could get a token in a step. Raise the one or lower the other.",
             param="max_num_batched_tokens",
         )
     if not config.enable_chunked_prefill and budget < max_model_len:
         raise ConfigError(
-            f"max_num_batched_tokens={budget} is less than max_model_len={max_model_len}, and without chunked "
-            "prefill a prompt is computed in one step. Raise it, or leave enable_chunked_prefill on.",
+            f"max_num_batched_tokens={budget} is less than max_model_len={max_model_len}, and without "
+            "chunked prefill a prompt is computed in one step. Raise it, or leave enable_chunked_prefill on.",
             param="max_num_batched_tokens",
         )
     prefix_caching = config.enable_prefix_caching

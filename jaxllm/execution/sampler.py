@@ -164,7 +164,7 @@ def greedy_token(logits: jax.Array) -> jax.Array:
 def penalize(
     logits: jax.Array, output_counts: jax.Array, in_prompt: jax.Array, inputs: SamplingInputs
 ) -> jax.Array:
-    """Repetition (CTRL, Keskar et al. 2019, section 4.1), frequency and presence penalties, in vLLM's order."""
+    """Repetition (CTRL, Keskar et al. 2019, section 4.1), then frequency and presence, as in vLLM."""
     in_output = output_counts > 0
     repetition = inputs.repetition_penalty[:, None]
     scaled = jnp.where(logits > 0, logits / repetition, logits * repetition)

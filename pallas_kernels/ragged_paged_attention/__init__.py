@@ -95,7 +95,8 @@ def _validate(
         raise ValueError(f"backend={backend!r} is not one of {', '.join(BACKENDS)}.")
     if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or q.shape[0] != k.shape[0]:
         raise ValueError(
-            f"q must be [T, heads, head_dim] and k, v alike [T, kv_heads, head_dim]; got {q.shape}, {k.shape} and {v.shape}."
+            f"q must be [T, heads, head_dim], and k and v alike [T, kv_heads, head_dim]; got {q.shape}, "
+            f"{k.shape} and {v.shape}."
         )
     tokens, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
