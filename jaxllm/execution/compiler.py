@@ -95,7 +95,7 @@ class StepCompiler:
         if shape is None:
             raise RecompilationError(
                 f"no compiled step takes {num_tokens} tokens of {num_seqs} sequences; the scheduler must "
-                f"keep within max_num_batched_tokens and max_num_seqs, for which the largest is {self._shapes[0]}."
+                f"keep within max_num_batched_tokens and max_num_seqs; the largest is {self._shapes[0]}."
             )
         return shape, self._ready[shape]
 
