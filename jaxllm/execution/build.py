@@ -82,7 +82,8 @@ def use_compilation_cache(directory: str | None) -> None:
 
     A cache that the user has set up for JAX already is left alone.
     """
-    if directory == "" or (directory is None and jax.config.jax_compilation_cache_dir):
+    current = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    if directory == "" or (directory is None and current):
         return
     cache_home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     jax.config.update("jax_compilation_cache_dir", directory or str(Path(cache_home) / "jaxllm" / "compiled"))

@@ -24,7 +24,7 @@ class Platform:
     name: str
     feature_major: bool = False
     stack_layers: bool = True
-    compiler_options: dict[str, bool | str | int] = field(default_factory=dict)
+    compiler_options: dict[str, bool | str] = field(default_factory=dict)
     default_max_num_seqs: int = 256
     default_max_num_batched_tokens: int = 8192
     checkpoint_dtype: bool = True

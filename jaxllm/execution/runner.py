@@ -97,7 +97,7 @@ class Runner:
         max_model_len: int,
         num_logprobs: int,
         logprobs_mode: LogprobsMode,
-        compiler_options: dict[str, bool | str | int],
+        compiler_options: dict[str, bool | str],
         compile_all: bool,
     ) -> None:
         model = decoder.config

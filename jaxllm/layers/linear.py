@@ -14,7 +14,7 @@ from jax import lax
 
 def declare(shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: jnp.dtype) -> nnx.Param[jax.Array]:
     """A parameter without values: its shape, its dtype and the logical axis of each dimension."""
-    return nnx.Param(jax.ShapeDtypeStruct(shape, dtype), logical_axes=axes)
+    return nnx.Param(jax.ShapeDtypeStruct(shape, dtype), logical_axes=axes)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
