@@ -26,17 +26,15 @@ TEXTS = [
 ]
 PREFIX = "Q: What is 3 + 4?\nA: 7\n\nQ: What is the opposite of hot?\nA: cold\n\nQ: What is 9 - 2?\nA: 7\n\n"
 
+# A small engine has few steps to compile.
+SMALL: dict[str, Any] = {"max_model_len": MAX_MODEL_LEN, "max_num_seqs": 8, "max_num_batched_tokens": 64}
+
 # Ways to run; each is to give what one request at a time gives.
 WAYS: dict[str, dict[str, Any]] = {
     "as it comes": {},
-    "synchronous": {"async_scheduling": False},
-    "small chunks": {"max_num_batched_tokens": 16, "max_num_seqs": 8},
-    "out of pages": {"num_gpu_blocks_override": 24, "max_num_seqs": 16},
-    "out of pages, synchronous": {
-        "num_gpu_blocks_override": 24,
-        "max_num_seqs": 16,
-        "async_scheduling": False,
-    },
+    "small chunks": {"max_num_batched_tokens": 16},
+    "out of pages": {"num_gpu_blocks_override": 24},
+    "out of pages, synchronous": {"num_gpu_blocks_override": 24, "async_scheduling": False},
     "no prefix cache": {"enable_prefix_caching": False},
     "whole prompts": {"enable_chunked_prefill": False, "max_num_batched_tokens": MAX_MODEL_LEN},
 }
@@ -83,7 +81,7 @@ def random_params(rng: random.Random) -> SamplingParams:
 def workload() -> list[Asked]:
     rng = random.Random(2)
     asked = []
-    for _ in range(48):
+    for _ in range(32):
         prompt: str | tuple[int, ...]
         if rng.random() < 0.3:
             prompt = tuple(rng.randrange(3, 1500) for _ in range(rng.choice([1, 15, 16, 17, 33, 150])))
@@ -134,14 +132,14 @@ def check_logprobs(got: RequestOutput, expected: RequestOutput) -> None:
 @pytest.fixture(scope="module")
 def alone() -> Iterator[list[RequestOutput]]:
     """Each request by itself, with nothing cached from the others."""
-    with LLM(max_model_len=MAX_MODEL_LEN, max_num_seqs=4, enable_prefix_caching=False) as llm:
+    with LLM(**SMALL, enable_prefix_caching=False) as llm:
         yield [llm.generate([one.given], one.params, use_tqdm=False)[0] for one in workload()]
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_batched_equals_alone(way: str, alone: list[RequestOutput]) -> None:
     asked = workload()
-    with LLM(max_model_len=MAX_MODEL_LEN, **WAYS[way]) as llm:
+    with LLM(**{**SMALL, **WAYS[way]}) as llm:
         outputs = run_together(llm, asked)
         counted = {m.name: m.value for m in llm.get_metrics() if isinstance(m, Counter)}
     assert outputs.keys() == set(range(len(asked)))
