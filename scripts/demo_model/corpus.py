@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Literal
 
 import stories
 import tasks
@@ -38,11 +38,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class Document:
-    """One training text; of a chat the assistant's turns are to be learned, of a drill the results."""
+    """One training text; of a chat the assistant's turns are to be learned, of a drill the results,
+    of an echo what is repeated."""
 
     text: str
-    is_chat: bool = False
-    is_drill: bool = False
+    kind: Literal["plain", "chat", "drill", "echo"] = "plain"
 
 
 def read_entries(path: Path) -> list[Entry]:
@@ -102,10 +102,10 @@ def reworded(random: Random, messages: Turns) -> Turns:
 
 
 # Share of each kind among the exchanges of a chat. Those that repeat the user's words keep their case.
-EXACT = ((tasks.copying, 4.0), (tasks.json_answer, 8.0), (tasks.remembering, 4.0), (tasks.sentiment, 1.5),
+EXACT = ((tasks.copying, 7.0), (tasks.json_answer, 9.0), (tasks.remembering, 5.0), (tasks.sentiment, 1.5),
          (stories.continuing, 1.0))  # fmt: skip
 LOOSE = ((question_answer, 44.0), (tasks.fact, 14.0), (tasks.arithmetic, 16.0), (tasks.comparison, 2.5),
-         (tasks.counting, 2.5), (tasks.listing, 5.0), (stories.telling, 4.0), (tasks.unknown, 5.0),
+         (tasks.counting, 2.5), (tasks.listing, 6.0), (stories.telling, 4.0), (tasks.unknown, 5.0),
          (tasks.follow_up, 1.0))  # fmt: skip
 KINDS = [(kind, False) for kind, _ in EXACT] + [(kind, True) for kind, _ in LOOSE]
 SHARES = [share for _, share in EXACT + LOOSE]
@@ -176,17 +176,19 @@ def documents(seed: int, count: int) -> Iterator[Document]:
     random = Random(seed)
     for _ in range(count):
         chance = random.random()
-        if chance < 0.68:
-            yield Document(render_chat(chat(random)), is_chat=True)
-        elif chance < 0.77:
+        if chance < 0.64:
+            yield Document(render_chat(chat(random)), "chat")
+        elif chance < 0.73:
             offered, messages = tools.conversation(random)
             if random.random() < 0.2:
                 messages = [{"role": "system", "content": random.choice(HARMLESS_SYSTEM_PROMPTS)}, *messages]
-            yield Document(render_chat(messages, offered), is_chat=True)
-        elif chance < 0.80:
-            yield Document(render_chat(ruled_chat(random)), is_chat=True)
-        elif chance < 0.92:
-            yield Document(tasks.drill(random) + END_OF_TEXT, is_drill=True)
+            yield Document(render_chat(messages, offered), "chat")
+        elif chance < 0.76:
+            yield Document(render_chat(ruled_chat(random)), "chat")
+        elif chance < 0.82:
+            yield Document(tasks.echo(random) + END_OF_TEXT, "echo")
+        elif chance < 0.94:
+            yield Document(tasks.drill(random) + END_OF_TEXT, "drill")
         else:
             yield Document(plain(random) + END_OF_TEXT)
 
@@ -198,7 +200,7 @@ def long_chats(seed: int, count: int, exchanges: int) -> Iterator[Document]:
         messages: Turns = []
         for _ in range(exchanges):
             messages += exchange(random)
-        yield Document(render_chat(messages), is_chat=True)
+        yield Document(render_chat(messages), "chat")
 
 
 if __name__ == "__main__":

@@ -53,13 +53,15 @@ def tokenize(
         ids = np.asarray(encoding.ids, np.int32)
         positions = np.arange(len(ids), dtype=np.int32)
         weights = np.ones(len(ids), np.float32)
-        if document.is_drill:
+        if document.kind == "drill":
             # Operands are random: only results, from the equals sign to the end of the line, teach something.
             line_starts = np.concatenate([[0], np.flatnonzero(ids == newline) + 1, [len(ids)]])
             for first, last in pairwise(line_starts):
                 sign = first + np.flatnonzero(ids[first:last] == equals)[0]
                 weights[first : sign + 1] = CONTEXT_WEIGHT
-        elif document.is_chat:
+        elif document.kind == "echo":
+            weights[: np.flatnonzero(ids == newline)[0] + 1] = CONTEXT_WEIGHT
+        elif document.kind == "chat":
             weights[:] = CONTEXT_WEIGHT
             starts = np.flatnonzero(ids == start)
             ends = np.flatnonzero(ids == end)

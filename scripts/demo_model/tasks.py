@@ -260,11 +260,32 @@ def sentiment(random: Random) -> Turns:
     return turns(question.format(text), label)
 
 
+def made_up_word(random: Random) -> str:
+    """Letters that mean nothing, so that copying cannot be guessing."""
+    return "".join(
+        random.choice("bcdfghjklmnprstvwz") + random.choice("aeiou") for _ in range(random.randint(1, 3))
+    )
+
+
+def some_name(random: Random) -> str:
+    return made_up_word(random).capitalize() if random.random() < 0.15 else random.choice(words.NAMES)
+
+
 def some_words(random: Random, least: int, most: int) -> str:
-    chosen = [random.choice(words.WORDS + words.NAMES) for _ in range(random.randint(least, most))]
+    known = words.WORDS + words.NAMES + words.CITIES
+    chosen = [
+        made_up_word(random) if random.random() < 0.15 else random.choice(known)
+        for _ in range(random.randint(least, most))
+    ]
     if random.random() < 0.2:
         chosen.append(str(random.randint(0, 999)))
     return " ".join(chosen)
+
+
+def echo(random: Random) -> str:
+    """A line of arbitrary words, again and again: only looking back helps."""
+    line = some_words(random, 4, 14)
+    return "\n".join([line] * random.randint(2, 4))
 
 
 def copying(random: Random) -> Turns:
@@ -288,7 +309,7 @@ def copying(random: Random) -> Turns:
 def remembering(random: Random) -> Turns:
     """The user says something about themselves and asks for it later."""
     kind = random.randrange(4)
-    name = random.choice(words.NAMES)
+    name = some_name(random)
     if kind == 0:
         told = turns(
             random.choice(
@@ -339,7 +360,7 @@ def unknown(random: Random) -> Turns:
 
 
 def json_answer(random: Random) -> Turns:
-    name, age, city = random.choice(words.NAMES), random.randint(1, 99), random.choice(words.CITIES)
+    name, age, city = some_name(random), random.randint(1, 99), random.choice(words.CITIES)
     kind = random.randrange(12)
     answer: Any
     if kind <= 2:

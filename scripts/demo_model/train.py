@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import pickle
 import time
+from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -16,16 +17,19 @@ from random import Random
 import jax
 import jax.numpy as jnp
 import optax
-from corpus import documents, long_chats
+from corpus import Document, documents, long_chats
 from export import train_tokenizer, write_model
 from network import Parameters, Shape, initial_parameters, logits
-from packing import Rows, pack, tokenize
+from packing import Rows, Tokens, pack, tokenize
+from tokenizers import Tokenizer
 
 DEMO = Path(__file__).parents[2] / "jaxllm" / "demo"
 VOCAB_SIZE = 1536
-TOKENS_PER_STEP = 3840
-SHORT_ROW, LONG_ROW = 320, 768
-# The last part of training sees rows of LONG_ROW tokens, a third of them one long chat.
+# Large batches find the way, small ones make more of the same text: twice the updates.
+SHORT_ROW, FIRST_ROWS, LATER_ROWS = 320, 12, 6
+FIRST_STEPS = 400
+# The last part of training sees longer rows, many of them one long chat.
+LONG_ROW, LONG_ROWS = 640, 3
 LONG_PART = 0.1
 
 
@@ -66,36 +70,45 @@ def loss(parameters: Parameters, shape: Shape, rows: Rows) -> jax.Array:
     return jnp.sum(losses * weights) / jnp.sum(weights)
 
 
-def batches(steps: int, tokenizer_seed: int, tokenize_documents: partial) -> list[Rows]:
-    """The batch of every step, short rows first."""
+def batches(
+    steps: int, seed: int, tokenize_documents: Callable[[list[Document]], list[Tokens]]
+) -> list[Rows]:
+    """The batch of every step."""
     long_steps = round(steps * LONG_PART)
+    first_steps = min(FIRST_STEPS, steps - long_steps)
 
-    def take(row: int, count: int, seed: int) -> list[Rows]:
+    def take(count: int, rows: int, length: int, seed: int) -> list[Rows]:
         taken: list[Rows] = []
         while len(taken) < count:
             made = list(documents(seed, 20_000))
-            if row == LONG_ROW:
-                made += long_chats(seed, 1_200, exchanges=14)
+            if length == LONG_ROW:
+                made += long_chats(seed, 1_200, exchanges=12)
             Random(seed).shuffle(made)
-            taken += islice(pack(tokenize_documents(made), TOKENS_PER_STEP // row, row), count - len(taken))
+            taken += islice(pack(tokenize_documents(made), rows, length), count - len(taken))
             seed += 1
         return taken
 
-    return take(SHORT_ROW, steps - long_steps, tokenizer_seed + 1) + take(
-        LONG_ROW, long_steps, tokenizer_seed + 1000
-    )
+    return [
+        *take(first_steps, FIRST_ROWS, SHORT_ROW, seed + 1),
+        *take(steps - long_steps - first_steps, LATER_ROWS, SHORT_ROW, seed + 100),
+        *take(long_steps, LONG_ROWS, LONG_ROW, seed + 200),
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=1400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=DEMO)
     parser.add_argument("--checkpoint", type=Path, default=Path("build/demo_model.pkl"))
     parser.add_argument("--resume", action="store_true")
     arguments = parser.parse_args()
 
-    tokenizer = train_tokenizer([d.text for d in documents(arguments.seed, 8_000)], VOCAB_SIZE)
+    if arguments.resume:
+        first, parameters, state, saved_tokenizer = pickle.loads(arguments.checkpoint.read_bytes())
+        tokenizer = Tokenizer.from_str(saved_tokenizer)
+    else:
+        tokenizer = train_tokenizer([d.text for d in documents(arguments.seed, 8_000)], VOCAB_SIZE)
     shape = Shape(vocab_size=tokenizer.get_vocab_size())
     encode = partial(
         tokenize,
@@ -104,13 +117,12 @@ def main() -> None:
         max_positions=shape.max_position_embeddings,
     )
     schedule = batches(arguments.steps, arguments.seed, encode)
-    parameters = initial_parameters(shape, arguments.seed)
     transform = optimizer(arguments.steps)
-    state, first = transform.init(parameters), 0
-    if arguments.resume:
-        first, parameters, state = pickle.loads(arguments.checkpoint.read_bytes())
+    if not arguments.resume:
+        parameters = initial_parameters(shape, arguments.seed)
+        first, state = 0, transform.init(parameters)
     size = sum(leaf.size for leaf in jax.tree.leaves(parameters))
-    print(f"{size / 1e6:.2f}M parameters, {len(schedule)} steps of {TOKENS_PER_STEP} tokens", flush=True)
+    print(f"{size / 1e6:.2f}M parameters, {len(schedule)} steps", flush=True)
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def step(parameters: Parameters, state: optax.OptState, rows: tuple) -> tuple:
@@ -125,13 +137,14 @@ def main() -> None:
             parameters, state, (rows.ids, rows.positions, rows.weights, rows.segments)
         )
         recent.append(value)
-        if (index + 1) % 20 == 0 or index + 1 == arguments.steps:
+        if (index + 1) % 50 == 0 or index + 1 == arguments.steps:
             mean = float(sum(recent) / len(recent))
             recent = []
             print(f"step {index + 1}: loss {mean:.3f}, {time.monotonic() - started:.0f} s", flush=True)
         if (index + 1) % 100 == 0:
             arguments.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-            arguments.checkpoint.write_bytes(pickle.dumps((index + 1, *jax.device_get((parameters, state)))))
+            saved = (index + 1, *jax.device_get((parameters, state)), tokenizer.to_str())
+            arguments.checkpoint.write_bytes(pickle.dumps(saved))
             write_model(arguments.output, parameters, shape, tokenizer)
     write_model(arguments.output, parameters, shape, tokenizer)
     print(f"wrote {arguments.output}")
