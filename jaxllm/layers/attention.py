@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxllm.errors import ConfigError
-from jaxllm.layers.linear import Linear, to_token_major
+from jaxllm.layers.linear import Linear
 from jaxllm.layers.norm import Norm
 from jaxllm.layers.rope import rotate
 from jaxllm.models.config import ModelConfig
@@ -83,8 +83,9 @@ class Attention(nnx.Module):
             feature_major=feature_major,
         )
         if config.qk_norm:
-            self.q_norm = Norm(head_dim, "rms", config.norm_eps, dtype, feature_major=False)
-            self.k_norm = Norm(head_dim, "rms", config.norm_eps, dtype, feature_major=False)
+            feature_axis = -2 if feature_major else -1
+            self.q_norm = Norm(head_dim, "rms", config.norm_eps, dtype, feature_axis)
+            self.k_norm = Norm(head_dim, "rms", config.norm_eps, dtype, feature_axis)
         self.qk_norm = config.qk_norm
         self.group = group
         self.scale = config.attention_scale
@@ -102,12 +103,15 @@ class Attention(nnx.Module):
         decode_only: bool,
     ) -> tuple[jax.Array, jax.Array]:
         """x: [T, D] or [D, T]; returns the same shape, and the cache with this layer's new entries."""
-        qkv = to_token_major(self.qkv(x), self.feature_major)  # [T, kv_heads, group + 2, head_dim]
-        q, k, v = qkv[:, :, : self.group], qkv[:, :, self.group], qkv[:, :, self.group + 1]
+        qkv = self.qkv(x)  # [T, kv_heads, group + 2, head_dim], or with T last
+        head = (slice(None),) * (1 if self.feature_major else 2)
+        q, k, v = qkv[*head, : self.group], qkv[*head, self.group], qkv[*head, self.group + 1]
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if inputs.rotation is not None:
-            q, k = rotate(q, inputs.rotation), rotate(k, inputs.rotation)
+            q, k = (rotate(heads, inputs.rotation, self.feature_major) for heads in (q, k))
+        if self.feature_major:
+            q, k, v = (jnp.moveaxis(heads, -1, 0) for heads in (q, k, v))
         out, kv_pages = ragged_paged_attention(
             q.reshape(q.shape[0], -1, q.shape[-1]),
             k,

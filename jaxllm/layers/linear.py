@@ -73,12 +73,3 @@ class Linear(nnx.Module):
         if self.feature_major:
             return lax.dot_general(weight, x, ((in_dims, tuple(range(self.num_inputs))), ((), ())))
         return lax.dot_general(x, weight, ((tuple(range(1, self.num_inputs + 1)), in_dims), ((), ())))
-
-
-def to_token_major(x: jax.Array, feature_major: bool) -> jax.Array:
-    """[features..., T] to [T, features...]; token-major input is returned as it is."""
-    if not feature_major:
-        return x
-    # Without the first barrier XLA folds the transpose into the product and gives up its fast form;
-    # without the second it reads across the rows, once for every use.
-    return lax.optimization_barrier(jnp.moveaxis(lax.optimization_barrier(x), -1, 0))

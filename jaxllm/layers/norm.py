@@ -17,14 +17,14 @@ class Norm(nnx.Module):
     Args:
         size: features.
         kind: "rms", or "layer" which has a bias.
-        feature_major: features are the first dimension rather than the last.
+        feature_axis: which dimension holds the features; -1, or -2 where tokens are the last.
     """
 
-    def __init__(self, size: int, kind: str, eps: float, dtype: jnp.dtype, feature_major: bool) -> None:
+    def __init__(self, size: int, kind: str, eps: float, dtype: jnp.dtype, feature_axis: int) -> None:
         self.weight = declare((size,), (None,), dtype)
         self.bias = declare((size,), (None,), dtype) if kind == "layer" else None
         self.eps = eps
-        self.feature_axis = 0 if feature_major else -1
+        self.feature_axis = feature_axis
 
     def __call__(self, x: jax.Array) -> jax.Array:
         axis = self.feature_axis
@@ -32,17 +32,16 @@ class Norm(nnx.Module):
         if self.bias is not None:
             centred = centred - jnp.mean(centred, axis=axis, keepdims=True)
         variance = jnp.mean(jnp.square(centred), axis=axis, keepdims=True)
-        y = centred * lax.rsqrt(variance + self.eps) * self._along_features(self.weight[...], x.ndim)
+        y = centred * lax.rsqrt(variance + self.eps) * self._along_features(self.weight[...])
         if self.bias is not None:
-            y = y + self._along_features(self.bias[...], x.ndim)
+            y = y + self._along_features(self.bias[...])
         return y.astype(x.dtype)
 
-    def _along_features(self, vector: jax.Array, ndim: int) -> jax.Array:
-        if self.feature_axis == -1:
-            return vector.astype(jnp.float32)
-        return vector.astype(jnp.float32).reshape(-1, *[1] * (ndim - 1))
+    def _along_features(self, vector: jax.Array) -> jax.Array:
+        vector = vector.astype(jnp.float32)
+        return vector if self.feature_axis == -1 else vector[:, None]
 
 
 def hidden_norm(config: ModelConfig, dtype: jnp.dtype, feature_major: bool) -> Norm:
     """A norm over the residual stream."""
-    return Norm(config.hidden_size, config.norm, config.norm_eps, dtype, feature_major)
+    return Norm(config.hidden_size, config.norm, config.norm_eps, dtype, -2 if feature_major else -1)

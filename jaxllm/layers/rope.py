@@ -73,14 +73,18 @@ def rotation_table(rope: RopeConfig, positions: jax.Array, lengths: jax.Array) -
     )
 
 
-def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates the leading rotary_dim dimensions of heads x [T, heads..., head_dim], halves paired."""
-    cos, sin = (t.reshape(t.shape[0], *[1] * (x.ndim - 2), t.shape[1]) for t in table)
-    half = cos.shape[-1]
-    first, second, rest = (
-        x[..., :half].astype(jnp.float32),
-        x[..., half : 2 * half].astype(jnp.float32),
-        x[..., 2 * half :],
-    )
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return jnp.concatenate([rotated.astype(x.dtype), rest], axis=-1)
+def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array], feature_major: bool) -> jax.Array:
+    """Rotates the leading rotary_dim dimensions of heads, halves paired.
+
+    x: [T, heads..., head_dim], or [heads..., head_dim, T] where `feature_major`.
+    """
+    if feature_major:
+        cos, sin, axis = table[0].T, table[1].T, x.ndim - 2
+    else:
+        cos, sin = (t.reshape(t.shape[0], *[1] * (x.ndim - 2), t.shape[1]) for t in table)
+        axis = x.ndim - 1
+    half = table[0].shape[1]
+    first, second, rest = jnp.split(x, [half, 2 * half], axis=axis)
+    first, second = first.astype(jnp.float32), second.astype(jnp.float32)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=axis)
+    return jnp.concatenate([rotated.astype(x.dtype), rest], axis=axis)

@@ -55,12 +55,14 @@ def attend(
     if decode_only:
         out = _attend_decodes(grouped, kv_pages, layer, page_table, decode_lens, window)
     else:
-        out = _attend_prefills(grouped, kv_pages, layer, page_table, seq_lens, query_starts, window)
+        columns = grouped.astype(jnp.float32).transpose(1, 3, 2, 0)
+        out = _attend_prefills(columns, kv_pages, layer, page_table, seq_lens, query_starts, window)
         rows = query_starts[:-1]
         decodes = _attend_decodes(
             grouped[jnp.minimum(rows, q.shape[0] - 1)], kv_pages, layer, page_table, decode_lens, window
         )
-        out = out.at[jnp.where(query_lens == 1, rows, q.shape[0])].set(decodes, mode="drop")
+        target = jnp.where(query_lens == 1, rows, q.shape[0])
+        out = out.at[..., target].set(decodes.transpose(1, 3, 2, 0), mode="drop").transpose(3, 0, 2, 1)
     return out.reshape(q.shape).astype(q.dtype), kv_pages
 
 
@@ -144,15 +146,15 @@ def _attend_prefills(
     query_starts: jax.Array,
     window: int | None,
 ) -> jax.Array:
-    """Sequences with two queries or more: q [T, kv_heads, group, head_dim], scaled.
+    """Sequences with two queries or more: q [kv_heads, head_dim, group, T], scaled; returns the same shape.
 
-    Rows of other sequences hold numbers of no meaning.
+    Columns of other sequences hold numbers of no meaning.
     """
 
     def in_tiles(sizes: tuple[int, int]) -> jax.Array:
         return _attend_in_tiles(q, kv_pages, layer, page_table, seq_lens, query_starts, window, *sizes)
 
-    if q.shape[0] <= SHORT_PREFILL:
+    if q.shape[3] <= SHORT_PREFILL:
         return in_tiles(SHORT_TILES)
     longest = jnp.max(query_starts[1:] - query_starts[:-1])
     return lax.cond(longest > SHORT_PREFILL, lambda: in_tiles(LONG_TILES), lambda: in_tiles(SHORT_TILES))
@@ -169,13 +171,17 @@ def _attend_in_tiles(
     tile: int,
     block: int,
 ) -> jax.Array:
-    num_tokens, num_kv_heads, group, head_dim = q.shape
+    """Queries are columns here: logits are [kv_heads, keys, queries], so that maxima and sums run over rows.
+
+    q and the result are [kv_heads, head_dim, group, T].
+    """
+    num_kv_heads, head_dim, group, num_tokens = q.shape
     page_size = kv_pages.shape[2]
     tile = min(tile, num_tokens)
     pages_per_block = max(1, block // page_size)
     block_size = pages_per_block * page_size
     # Room past the end, so that neither a tile nor a block is ever shifted back to fit.
-    q = jnp.pad(q.astype(jnp.float32), ((0, tile), (0, 0), (0, 0), (0, 0)))
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, tile)))
     page_table = jnp.pad(page_table, ((0, 0), (0, pages_per_block)))
 
     query_lens = query_starts[1:] - query_starts[:-1]
@@ -188,8 +194,7 @@ def _attend_in_tiles(
         row_in_sequence = (index - (list_end - num_tiles)[sequence]) * tile
         row = query_starts[sequence] + row_in_sequence
         first_position = seq_lens[sequence] - query_lens[sequence] + row_in_sequence
-        queries = lax.dynamic_slice_in_dim(q, row, tile)
-        queries = queries.transpose(1, 2, 0, 3).reshape(num_kv_heads, group * tile, head_dim)
+        queries = lax.dynamic_slice_in_dim(q, row, tile, axis=3).reshape(num_kv_heads, head_dim, -1)
         query_position = jnp.tile(first_position + jnp.arange(tile), group)
         key_end = jnp.minimum(seq_lens[sequence], first_position + tile)
         table = page_table[sequence]
@@ -200,16 +205,16 @@ def _attend_in_tiles(
             key_position = block * block_size + jnp.arange(block_size)
             exists = key_position < key_end
             keys, values = _gather_blocks(kv_pages, layer, pages, exists)
-            logits = jnp.einsum("kqd,bkd->kqb", queries, keys)
-            visible = exists[None] & (key_position[None] <= query_position[:, None])
+            logits = jnp.einsum("bkd,kdq->kbq", keys, queries)
+            visible = exists[:, None] & (key_position[:, None] <= query_position)
             if window is not None:
-                visible &= key_position[None] > query_position[:, None] - window
-            logits = jnp.where(visible[None], logits, MASKED)
-            new_max = jnp.maximum(running_max, logits.max(axis=-1))
-            weights = jnp.exp(logits - new_max[..., None])
+                visible &= key_position[:, None] > query_position - window
+            logits = jnp.where(visible, logits, MASKED)
+            new_max = jnp.maximum(running_max, logits.max(axis=1))
+            weights = jnp.exp(logits - new_max[:, None])
             decay = jnp.exp(running_max - new_max)
-            running_sum = running_sum * decay + weights.sum(axis=-1)
-            acc = acc * decay[..., None] + jnp.einsum("kqb,bkd->kqd", weights, values)
+            running_sum = running_sum * decay + weights.sum(axis=1)
+            acc = acc * decay[:, None] + jnp.einsum("bkd,kbq->kdq", values, weights)
             return block + 1, new_max, running_sum, acc
 
         first_block = jnp.int32(0)
@@ -219,17 +224,16 @@ def _attend_in_tiles(
             first_block,
             jnp.full((num_kv_heads, group * tile), MASKED, jnp.float32),
             jnp.zeros((num_kv_heads, group * tile), jnp.float32),
-            jnp.zeros((num_kv_heads, group * tile, head_dim), jnp.float32),
+            jnp.zeros((num_kv_heads, head_dim, group * tile), jnp.float32),
         )
         _, _, weight_sum, acc = lax.while_loop(
             lambda carry: carry[0] * block_size < key_end, next_block, start
         )
-        acc = acc / jnp.where(weight_sum > 0, weight_sum, 1)[..., None]
-        acc = acc.reshape(num_kv_heads, group, tile, head_dim).transpose(2, 0, 1, 3)
-        # Rows past the sequence's end belong to later tiles, which overwrite them.
-        return index + 1, lax.dynamic_update_slice_in_dim(out, acc, row, 0)
+        acc = acc / jnp.where(weight_sum > 0, weight_sum, 1)[:, None]
+        # Columns past the sequence's end belong to later tiles, which overwrite them.
+        acc = acc.reshape(num_kv_heads, head_dim, group, tile)
+        return index + 1, lax.dynamic_update_slice_in_dim(out, acc, row, axis=3)
 
-    _, out = lax.while_loop(
-        lambda carry: carry[0] < list_end[-1], next_tile, (jnp.int32(0), jnp.zeros_like(q))
-    )
-    return out[:num_tokens]
+    start = (jnp.int32(0), jnp.zeros_like(q))
+    _, out = lax.while_loop(lambda carry: carry[0] < list_end[-1], next_tile, start)
+    return out[..., :num_tokens]
