@@ -25,7 +25,7 @@ from jaxllm.output_processor import OutputProcessor
 from jaxllm.outputs import RequestOutput
 from jaxllm.request import Request, RequestStatus
 from jaxllm.sampling_params import SamplingParams
-from jaxllm.scheduling import Scheduler
+from jaxllm.scheduling import Scheduler, load_policy
 from jaxllm.scheduling.plan import Plan, RequestUpdate
 from jaxllm.stats import EngineStats, record_end, record_step
 from jaxllm.text.tokenizer import get_tokenizer
@@ -71,6 +71,7 @@ class Engine:
             ConfigError, UnsupportedError, ModelNotFoundError, CheckpointError, InsufficientMemoryError:
                 what their names say, with what to do about it.
         """
+        policy = load_policy(config.scheduling_policy)
         path = resolve_model(config.model, config.revision, config.download_dir)
         model_config = translate_config(read_config(path), config.hf_overrides)
         if config.disable_sliding_window:
@@ -101,7 +102,8 @@ class Engine:
                 long_prefill_token_threshold=config.long_prefill_token_threshold,
                 policy=config.scheduling_policy,
                 reschedule_in_flight=config.async_scheduling,
-            )
+            ),
+            policy,
         )
         engine = cls(config, model_config, runner, scheduler, input_processor, tokenizer)
         engine._stats.cache_config = {

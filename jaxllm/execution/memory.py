@@ -63,9 +63,10 @@ def num_kv_pages(
         total, free = free_memory(device)
         needed = weight_bytes(specs, dtype) + step_bytes(config, model, dtype)
         if device.platform == "cpu":
-            pages = max(free - needed, 0) // _CPU_SHARE // page
-            pages = min(pages, _CPU_SEQUENCES * per_sequence * (config.max_num_seqs or 1))
-            basis = f"a quarter of the {_gib(free)} free"
+            pages, basis = max(free - needed, 0) // _CPU_SHARE // page, f"a quarter of the {_gib(free)} free"
+            enough = _CPU_SEQUENCES * per_sequence * (config.max_num_seqs or 1)
+            if pages > enough:
+                pages, basis = enough, f"{_CPU_SEQUENCES} x max_num_seqs x max_model_len"
         else:
             allowed = min(free, int(total * config.gpu_memory_utilization) - (total - free))
             pages = (allowed - needed) // page

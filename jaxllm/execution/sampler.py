@@ -105,6 +105,8 @@ def sample(
         logits: float32[S, V].
         num_logprobs: most probable tokens to report, k.
         wants_logprobs: bool scalar; where false the log-probabilities are zeros, at no cost.
+        logprobs_mode: "raw" ones are of the model's logits as they come, "processed" ones of what is drawn
+            from, after bias, penalties, temperature and truncation.
 
     Returns:
         (token int32[S], log-probabilities, state).
@@ -124,15 +126,22 @@ def sample(
     )
     greedy = greedy_token(logits)
     is_random = inputs.temperature >= GREEDY_BELOW
-    token = lax.cond(
+    reports_processed = logprobs_mode.startswith("processed")
+
+    def at_random() -> tuple[jax.Array, jax.Array | None]:
+        truncated = truncate(logits, inputs)
+        processed = jnp.where(is_random[:, None], truncated, logits) if reports_processed else None
+        return jnp.where(is_random, draw(truncated, inputs), greedy), processed
+
+    token, processed = lax.cond(
         jnp.any(is_random & inputs.samples),
-        lambda: jnp.where(is_random, draw(truncate(logits, inputs), inputs), greedy),
-        lambda: greedy,
+        at_random,
+        lambda: (greedy, logits if reports_processed else None),
     )
     logprobs = lax.cond(
         wants_logprobs,
         lambda: log_probabilities(
-            raw if logprobs_mode.startswith("raw") else logits, token, num_logprobs, logprobs_mode
+            raw if processed is None else processed, token, num_logprobs, logprobs_mode
         ),
         lambda: no_logprobs(token.shape[0], num_logprobs),
     )
@@ -191,7 +200,8 @@ def truncate(logits: jax.Array, inputs: SamplingInputs) -> jax.Array:
     def keep_top_p(x: jax.Array) -> jax.Array:
         weights = jnp.exp(x - x.max(axis=1, keepdims=True))
         # A full top_p keeps everything: rounding must not cut the tail off.
-        wanted = jnp.where(inputs.top_p < 1, inputs.top_p * weights.sum(axis=1), -1.0)
+        # The smallest one keeps one token, where it underflows as well: a weight of 1 is always there.
+        wanted = jnp.where(inputs.top_p < 1, jnp.maximum(inputs.top_p * weights.sum(axis=1), 1e-30), -1.0)
         cut = _cut_below(x, lambda kept: jnp.sum(jnp.where(kept, weights, 0), axis=1) >= wanted)
         return jnp.where((inputs.top_p < 1)[:, None], cut, x)
 
@@ -231,18 +241,27 @@ def draw(logits: jax.Array, inputs: SamplingInputs) -> jax.Array:
     uniform = jax.vmap(uniform_of)(inputs.seeds, inputs.positions)
     weights = jnp.exp(logits - logits.max(axis=1, keepdims=True))
     chunks = _in_chunks(weights, 0)
-    chunk_end = jnp.cumsum(chunks.sum(axis=2), axis=1)
-    total = chunk_end[:, -1]
-    target = jnp.minimum(uniform * total, jnp.nextafter(total, jnp.float32(0)))
-    chunk = jnp.sum(chunk_end <= target[:, None], axis=1)
-    rows = jnp.arange(logits.shape[0])
-    before = jnp.where(chunk > 0, chunk_end[rows, chunk - 1], 0)
-    inside = chunks[rows, chunk]
-    within = jnp.sum(jnp.cumsum(inside, axis=1) <= (target - before)[:, None], axis=1)
-    # Rounding may carry the number past the chunk's last token that has any weight.
-    last = jnp.max(jnp.where(inside > 0, jnp.arange(_DRAW_CHUNK), 0), axis=1)
-    token = chunk * _DRAW_CHUNK + jnp.minimum(within, last)
-    return jnp.minimum(token, logits.shape[1] - 1).astype(jnp.int32)
+    of_chunks = chunks.sum(axis=2)
+    distance = uniform * of_chunks.sum(axis=1)
+    chunk, start = _element_at(of_chunks, distance)
+    within, _ = _element_at(chunks[jnp.arange(logits.shape[0]), chunk], distance - start)
+    return jnp.minimum(chunk * _DRAW_CHUNK + within, logits.shape[1] - 1).astype(jnp.int32)
+
+
+def _element_at(weights: jax.Array, distance: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Lays the weights [S, n] of a row end to end: (index[S] of the one at a distance[S], where it starts).
+
+    Never one without weight, however the running sums were rounded: it may be a forbidden token.
+    """
+    end = jnp.cumsum(weights, axis=1)
+    has_weight = weights > 0
+    is_beyond = has_weight & (end > distance[:, None])
+    last = jnp.max(jnp.where(has_weight, jnp.arange(weights.shape[1]), 0), axis=1)
+    index = jnp.where(is_beyond.any(axis=1), jnp.argmax(is_beyond, axis=1), last)
+    start = jnp.where(
+        index > 0, jnp.take_along_axis(end, jnp.maximum(index - 1, 0)[:, None], axis=1)[:, 0], 0
+    )
+    return index, start
 
 
 def _in_chunks(x: jax.Array, padding: float) -> jax.Array:
