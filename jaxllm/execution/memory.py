@@ -57,27 +57,38 @@ def num_kv_pages(
     per_sequence = math.ceil((config.max_model_len or 1) / config.block_size)
     if config.num_gpu_blocks_override is not None:
         pages, basis = config.num_gpu_blocks_override, "num_gpu_blocks_override"
+        remedy = "raise num_gpu_blocks_override"
     elif config.kv_cache_memory_bytes is not None:
         pages, basis = config.kv_cache_memory_bytes // page, "kv_cache_memory_bytes"
+        remedy = "raise kv_cache_memory_bytes"
     else:
         total, free = free_memory(device)
         needed = weight_bytes(specs, dtype) + step_bytes(config, model, dtype)
+        less = f"less {_gib(needed)} for weights and a step"
+        remedy = "lower max_num_seqs or max_num_batched_tokens, or set kv_cache_memory_bytes"
         if device.platform == "cpu":
-            pages, basis = max(free - needed, 0) // _CPU_SHARE // page, f"a quarter of the {_gib(free)} free"
+            pages, basis = (
+                max(free - needed, 0) // _CPU_SHARE // page,
+                f"a quarter of the {_gib(free)} free, {less}",
+            )
             enough = _CPU_SEQUENCES * per_sequence * (config.max_num_seqs or 1)
             if pages > enough:
                 pages, basis = enough, f"{_CPU_SEQUENCES} x max_num_seqs x max_model_len"
         else:
             allowed = min(free, int(total * config.gpu_memory_utilization) - (total - free))
             pages = (allowed - needed) // page
-            basis = f"gpu_memory_utilization={config.gpu_memory_utilization} of {_gib(total)}"
+            basis = f"gpu_memory_utilization={config.gpu_memory_utilization} of {_gib(total)}, {less}"
+            remedy = f"raise gpu_memory_utilization, {remedy}"
     if pages < per_sequence:
         fits = max(int(pages), 0) * config.block_size
         raise InsufficientMemoryError(
             f"The KV cache ({basis}) would hold {fits} tokens, and one sequence of max_model_len="
             f"{config.max_model_len} needs {per_sequence * config.block_size} ({_gib(per_sequence * page)}). "
-            f"Pass a smaller max_model_len (at most {fits}), or give the cache more memory with "
-            "kv_cache_memory_bytes or gpu_memory_utilization."
+            + (
+                f"Pass a smaller max_model_len (at most {fits}), or {remedy}."
+                if fits
+                else f"{_sentence(remedy)}."
+            )
         )
     tokens = int(pages) * config.block_size
     logger.info(
@@ -94,6 +105,10 @@ def num_kv_pages(
         tokens / (config.max_model_len or 1),
     )
     return int(pages) + 1
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def _gib(size: float) -> str:

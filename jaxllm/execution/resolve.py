@@ -50,8 +50,9 @@ def resolve(config: EngineConfig, model: ModelConfig, platform: Platform) -> Eng
             param="max_model_len",
         )
     max_model_len = config.max_model_len or model.max_position_embeddings
-    max_num_seqs = config.max_num_seqs or platform.default_max_num_seqs
     budget = config.max_num_batched_tokens
+    default_max_num_seqs = min(platform.default_max_num_seqs, budget or platform.default_max_num_seqs)
+    max_num_seqs = config.max_num_seqs or default_max_num_seqs
     if budget is None:
         budget = max(min(platform.default_max_num_batched_tokens, max_model_len * max_num_seqs), max_num_seqs)
         if not config.enable_chunked_prefill:

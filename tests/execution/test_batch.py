@@ -1,0 +1,103 @@
+"""A batch survives the trip in two flat arrays, and tokens that never left the device are filled in."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxllm.execution.batch import FLOATS, INTEGERS, DeviceBatch, HostBatch, StepShape, unpack
+
+SHAPES = [StepShape(7, 3, 4, False), StepShape(3, 3, 1, True), StepShape(1, 1, 2, True)]
+_unpack = jax.jit(unpack, static_argnames="shape")
+
+
+def unpacked(batch: HostBatch, last_token: np.ndarray, shape: StepShape) -> DeviceBatch:
+    return jax.tree.map(np.asarray, _unpack(batch.integers, batch.floats, last_token, shape=shape))  # type: ignore[no-any-return]
+
+
+@functools.cache
+def column(name: str) -> int:
+    return INTEGERS.index(name)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@settings(max_examples=25)
+@given(data=st.data())
+def test_round_trip(shape: StepShape, data: st.DataObject) -> None:
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    batch = HostBatch(shape)
+    assert batch.integers.size == shape.num_integers and batch.floats.size == shape.num_floats
+    for view in (batch.token_ids, batch.positions, batch.targets, batch.page_table):
+        view[...] = rng.integers(0, 2**31 - 1, view.shape)
+    batch.seq_floats[...] = rng.normal(size=batch.seq_floats.shape)
+    for name in ("seq_lens", "positions", "top_k"):
+        batch.seq_integers[column(name)] = rng.integers(0, 2**31 - 1, shape.num_seqs)
+    batch.seq_integers[column("slots")] = rng.permutation(shape.num_seqs)
+    seeds = rng.integers(0, 2**32, shape.num_seqs, dtype=np.uint64).astype(np.uint32)
+    batch.seq_integers[column("seeds")] = seeds.view(np.int32)
+    for name in ("samples", "penalties", "bias"):
+        batch.seq_integers[column(name)] = rng.integers(0, 2, shape.num_seqs)
+    batch.query_starts[1:] = np.sort(rng.integers(0, shape.num_tokens + 1, shape.num_seqs))
+    batch.flags[:] = rng.integers(0, 2, 2)
+
+    device = unpacked(batch, np.full(shape.num_seqs + 1, 99, np.int32), shape)
+    assert device.wants_logprobs == batch.flags[0] and device.wants_prompt_logprobs == batch.flags[1]
+    np.testing.assert_array_equal(device.targets, batch.targets)
+    for name in ("token_ids", "positions", "page_table", "query_starts"):
+        np.testing.assert_array_equal(getattr(device.tokens, name), getattr(batch, name))
+    np.testing.assert_array_equal(device.tokens.seq_lens, batch.seq_integers[column("seq_lens")])
+    for name in ("slots", "samples", "positions", "top_k"):
+        np.testing.assert_array_equal(getattr(device.sampling, name), batch.seq_integers[column(name)])
+    for ours, name in (("uses_penalties", "penalties"), ("uses_bias", "bias")):
+        np.testing.assert_array_equal(getattr(device.sampling, ours), batch.seq_integers[column(name)])
+    np.testing.assert_array_equal(device.sampling.seeds, seeds)
+    for row, name in enumerate(FLOATS):
+        np.testing.assert_array_equal(getattr(device.sampling, name), batch.seq_floats[row])
+
+
+def test_views_cover_the_arrays_once() -> None:
+    batch = HostBatch(SHAPES[0])
+    views = (batch.flags, batch.token_ids, batch.positions, batch.targets, batch.query_starts)
+    for view in (*views, batch.seq_integers, batch.page_table):
+        view += 1
+    assert (batch.integers == 1).all()
+    batch.seq_floats += 1
+    assert (batch.floats == 1).all()
+
+
+def test_newest_tokens_come_from_the_slot_of_their_sequence() -> None:
+    """A prompt, a decode whose token is on the device, an empty row, and a resumed one that ends in such."""
+    shape = StepShape(9, 4, 1, False)
+    batch = HostBatch(shape)
+    batch.token_ids[:] = [10, 11, 12, -1, 20, 21, -1, 0, 0]
+    batch.query_starts[:] = [0, 3, 4, 4, 7]
+    batch.seq_integers[column("slots")] = [0, 2, 4, 1]
+    device = unpacked(batch, np.array([100, 101, 102, 103, 104], np.int32), shape)
+    assert device.tokens.token_ids.tolist() == [10, 11, 12, 102, 20, 21, 101, 0, 0]
+    assert device.last_rows.tolist() == [2, 3, 0, 6]
+
+
+def test_tokens_after_the_last_sequence_are_left_alone() -> None:
+    """An empty row's last token would be row -1, or the token of the sequence before it."""
+    shape = StepShape(4, 4, 1, True)
+    batch = HostBatch(shape)
+    batch.token_ids[:] = [-1, 5, 0, 0]
+    batch.query_starts[:] = [0, 1, 2, 2, 2]
+    batch.seq_integers[column("slots")] = [3, 0, 4, 4]
+    device = unpacked(batch, np.array([1, 2, 3, 44, 77], np.int32), shape)
+    assert device.tokens.token_ids.tolist() == [44, 5, 0, 0]
+
+
+def test_rope_length_is_the_prompts_or_the_position() -> None:
+    shape = StepShape(6, 3, 1, False)
+    batch = HostBatch(shape)
+    batch.query_starts[:] = [0, 3, 4, 5]
+    batch.positions[:] = [0, 1, 2, 30, 7, 0]
+    batch.seq_integers[column("rope_lengths")] = [10, 20, 8]
+    device = unpacked(batch, np.zeros(4, np.int32), shape)
+    assert device.tokens.rope_lengths[:5].tolist() == [10, 10, 10, 31, 8]

@@ -1,0 +1,126 @@
+"""How many pages the cache gets, and what is said where it is too small."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxllm.config import EngineConfig
+from jaxllm.errors import InsufficientMemoryError
+from jaxllm.execution import memory
+from jaxllm.execution.memory import num_kv_pages, page_bytes, step_bytes, weight_bytes
+from jaxllm.execution.platform import free_memory
+from jaxllm.models.config import ModelConfig
+from jaxllm.models.parameters import ParameterSpec
+
+MODEL = ModelConfig("LlamaForCausalLM", 100, 16, 32, 3, 4, 2, 8, 4096)
+SPECS = {
+    "embed.weight": ParameterSpec((100, 16), (None, None)),
+    "layers.w": ParameterSpec((5, 7), (None, None), 3),
+}
+FLOAT32 = jnp.dtype(jnp.float32)
+PAGE = 3 * 16 * 2 * 2 * 8 * 4
+GIB = 2**30
+
+
+def device_with(total: int, used: int = 0, platform: str = "gpu") -> Any:
+    stats = {"bytes_limit": total, "bytes_in_use": used}
+    return SimpleNamespace(platform=platform, memory_stats=lambda: stats)
+
+
+def pages(device: Any = None, **arguments: Any) -> int:
+    defaults = {"max_model_len": 100, "max_num_seqs": 4, "max_num_batched_tokens": 64}
+    config = EngineConfig(**{**defaults, **arguments})
+    return num_kv_pages(config, MODEL, FLOAT32, SPECS, device or device_with(GIB))
+
+
+def test_sizes() -> None:
+    assert page_bytes(MODEL, 16, FLOAT32) == PAGE
+    assert page_bytes(MODEL, 16, jnp.dtype(jnp.bfloat16)) == PAGE // 2
+    assert weight_bytes(SPECS, FLOAT32) == (1600 + 3 * 35) * 4
+
+
+def test_explicit_sizes_are_kept_to() -> None:
+    """With one page more, the null page."""
+    assert pages(num_gpu_blocks_override=9) == 10
+    assert pages(kv_cache_memory_bytes=8 * PAGE + PAGE - 1) == 9
+    assert pages(num_gpu_blocks_override=9, kv_cache_memory_bytes=100 * PAGE) == 10
+
+
+def test_an_accelerator_gives_its_fraction_less_weights_and_a_step() -> None:
+    config = EngineConfig(max_model_len=100, max_num_seqs=4, max_num_batched_tokens=64)
+    needed = weight_bytes(SPECS, FLOAT32) + step_bytes(config, MODEL, FLOAT32)
+    assert pages(device_with(GIB), gpu_memory_utilization=0.5) == (GIB // 2 - needed) // PAGE + 1
+    # What others use of the device counts against the fraction, ...
+    used = GIB // 4
+    assert pages(device_with(GIB, used), gpu_memory_utilization=0.5) == (GIB // 4 - needed) // PAGE + 1
+    # ... and all of it is never more than what is free.
+    assert pages(device_with(GIB, used), gpu_memory_utilization=1.0) == (GIB - used - needed) // PAGE + 1
+
+
+def test_a_cpu_gives_no_more_than_can_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "free_memory", lambda device: (GIB, GIB))
+    cpu = device_with(GIB, platform="cpu")
+    assert pages(cpu) == 2 * 4 * 7 + 1
+    config = EngineConfig(max_model_len=4096, max_num_seqs=400, max_num_batched_tokens=512)
+    needed = weight_bytes(SPECS, FLOAT32) + step_bytes(config, MODEL, FLOAT32)
+    large = pages(cpu, max_model_len=4096, max_num_seqs=400, max_num_batched_tokens=512)
+    assert large == (GIB - needed) // 4 // PAGE + 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "basis", "fits", "remedy"),
+    [
+        (
+            {"num_gpu_blocks_override": 6},
+            "num_gpu_blocks_override",
+            96,
+            "Pass a smaller max_model_len (at most 96), or raise num_gpu_blocks_override.",
+        ),
+        (
+            {"kv_cache_memory_bytes": 3 * PAGE},
+            "kv_cache_memory_bytes",
+            48,
+            "Pass a smaller max_model_len (at most 48), or raise kv_cache_memory_bytes.",
+        ),
+        ({"kv_cache_memory_bytes": 1}, "kv_cache_memory_bytes", 0, "Raise kv_cache_memory_bytes."),
+        (
+            {"gpu_memory_utilization": 0.0001},
+            "gpu_memory_utilization=0.0001 of 1.00 GiB, less 0.00 GiB for weights and a step",
+            0,
+            "Raise gpu_memory_utilization, lower max_num_seqs or max_num_batched_tokens, or set "
+            "kv_cache_memory_bytes.",
+        ),
+    ],
+)
+def test_a_cache_that_is_too_small(arguments: dict[str, Any], basis: str, fits: int, remedy: str) -> None:
+    with pytest.raises(InsufficientMemoryError) as caught:
+        pages(**arguments)
+    assert str(caught.value) == (
+        f"The KV cache ({basis}) would hold {fits} tokens, and one sequence of max_model_len=100 needs 112 "
+        f"(0.00 GiB). {remedy}"
+    )
+    assert isinstance(caught.value, MemoryError)
+
+
+def test_a_cpu_whose_memory_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "free_memory", lambda device: (GIB, 1000))
+    with pytest.raises(
+        InsufficientMemoryError, match=r"a quarter of the 0\.00 GiB free.* would hold 0 tokens"
+    ) as caught:
+        pages(device_with(GIB, platform="cpu"))
+    assert "Lower max_num_seqs or max_num_batched_tokens, or set kv_cache_memory_bytes." in str(caught.value)
+
+
+def test_one_sequence_is_enough() -> None:
+    assert pages(num_gpu_blocks_override=7) == 8
+
+
+def test_free_memory_of_this_machine_is_measured() -> None:
+    total, free = free_memory(jax.devices("cpu")[0])
+    assert 0 < free <= total
+    assert free_memory(device_with(1000, 300)) == (1000, 700)
