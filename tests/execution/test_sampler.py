@@ -50,7 +50,7 @@ PARAMS = {
     "top_k of one": Params(top_k=1),
     "top_k beyond the vocabulary": Params(top_k=10_000),
     "top_p": Params(top_p=0.7),
-    "tiny top_p": Params(top_p=1e-40),
+    "tiny top_p": Params(top_p=1e-50),
     "min_p": Params(min_p=0.2),
     "truncated in every way": Params(temperature=1.5, top_k=12, top_p=0.8, min_p=0.03),
     "repetition": Params(repetition_penalty=1.8),
