@@ -67,10 +67,8 @@ def num_kv_pages(
         less = f"less {_gib(needed)} for weights and a step"
         remedy = "lower max_num_seqs or max_num_batched_tokens, or set kv_cache_memory_bytes"
         if device.platform == "cpu":
-            pages, basis = (
-                max(free - needed, 0) // _CPU_SHARE // page,
-                f"a quarter of the {_gib(free)} free, {less}",
-            )
+            pages = _steady(max(free - needed, 0) // _CPU_SHARE // page)
+            basis = f"a quarter of the {_gib(free)} free, {less}"
             enough = _CPU_SEQUENCES * per_sequence * (config.max_num_seqs or 1)
             if pages > enough:
                 pages, basis = enough, f"{_CPU_SEQUENCES} x max_num_seqs x max_model_len"
@@ -105,6 +103,16 @@ def num_kv_pages(
         tokens / (config.max_model_len or 1),
     )
     return int(pages) + 1
+
+
+def _steady(pages: int) -> int:
+    """Rounds down by at most a sixteenth.
+
+    What is free on a host differs a little from start to start, and the steps compiled last time are
+    found again only for the same number of pages.
+    """
+    coarse = max(pages.bit_length() - 5, 0)
+    return pages >> coarse << coarse
 
 
 def _sentence(text: str) -> str:
