@@ -122,13 +122,16 @@ class Runner:
             num_logprobs=self._num_logprobs,
             logprobs_mode=self._logprobs_mode,
         )
-        lowered = jax.jit(run, donate_argnums=(1, 2)).lower(
-            self._abstract_params,
-            self._abstract_cache,
-            jax.eval_shape(self._create_state),
-            jax.ShapeDtypeStruct((shape.num_integers,), jnp.int32),
-            jax.ShapeDtypeStruct((shape.num_floats,), jnp.float32),
-        )
+        # A float32 model is computed in float32: by default a GPU would take TF32, and a TPU bfloat16.
+        precision = "highest" if self._decoder.form.dtype == jnp.float32 else "default"
+        with jax.default_matmul_precision(precision):
+            lowered = jax.jit(run, donate_argnums=(1, 2)).lower(
+                self._abstract_params,
+                self._abstract_cache,
+                jax.eval_shape(self._create_state),
+                jax.ShapeDtypeStruct((shape.num_integers,), jnp.int32),
+                jax.ShapeDtypeStruct((shape.num_floats,), jnp.float32),
+            )
         return lowered.compile(self._compiler_options)
 
     def start(self, params: Parameters, *, progress: bool) -> None:

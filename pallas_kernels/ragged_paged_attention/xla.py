@@ -49,13 +49,13 @@ def attend(
     """See `ragged_paged_attention`."""
     num_kv_heads = k.shape[1]
     kv_pages = write_new_tokens(k, v, kv_pages, layer, page_table, seq_lens, query_starts)
-    grouped = (q * jnp.asarray(scale, q.dtype)).reshape(q.shape[0], num_kv_heads, -1, q.shape[2])
+    grouped = (q.astype(jnp.float32) * scale).reshape(q.shape[0], num_kv_heads, -1, q.shape[2])
     query_lens = query_starts[1:] - query_starts[:-1]
     decode_lens = jnp.where(query_lens == 1, seq_lens, 0)
     if decode_only:
         out = _attend_decodes(grouped, kv_pages, layer, page_table, decode_lens, window)
     else:
-        columns = grouped.astype(jnp.float32).transpose(1, 3, 2, 0)
+        columns = grouped.transpose(1, 3, 2, 0)
         out = _attend_prefills(columns, kv_pages, layer, page_table, seq_lens, query_starts, window)
         rows = query_starts[:-1]
         decodes = _attend_decodes(
@@ -101,7 +101,6 @@ def _attend_decodes(
     num_blocks = jnp.where(seq_lens > 0, -(-seq_lens // block_size) - first_block, 0)
     list_end = jnp.cumsum(num_blocks)
     total = list_end[-1]
-    q = q.astype(jnp.float32)
 
     def next_pairs(carry):  # type: ignore[no-untyped-def]
         done, running_max, running_sum, out = carry
