@@ -270,6 +270,7 @@ def test_completes_plain_text(llm: LLM) -> None:
 # Hugging Face's Llama reads it the same way
 
 
+@pytest.mark.parity
 def test_logits_equal_those_of_the_training_forward_pass(tokenizer: Any) -> None:
     pytest.importorskip("torch")
     program = (

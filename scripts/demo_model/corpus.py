@@ -75,8 +75,12 @@ def render_chat(messages: Turns, offered: list[dict[str, Any]] | None = None) ->
 
 
 def question_answer(random: Random) -> Turns:
-    entry = random.choice(known_entries())
-    return turns(random.choice(entry.questions), random.choice(entry.answers))
+    """A known question; who it is, which the first entries tell, is asked of a new model most often."""
+    entry = random.choice(known_entries()[:12] if random.random() < 0.1 else known_entries())
+    usual = random.random() < 0.2
+    return turns(
+        entry.questions[0] if usual else random.choice(entry.questions), random.choice(entry.answers)
+    )
 
 
 def reworded(random: Random, messages: Turns) -> Turns:
@@ -102,10 +106,10 @@ def reworded(random: Random, messages: Turns) -> Turns:
 
 
 # Share of each kind among the exchanges of a chat. Those that repeat the user's words keep their case.
-EXACT = ((tasks.copying, 7.0), (tasks.json_answer, 9.0), (tasks.remembering, 5.0), (tasks.sentiment, 1.5),
+EXACT = ((tasks.copying, 7.0), (tasks.json_answer, 11.0), (tasks.remembering, 5.0), (tasks.sentiment, 1.5),
          (stories.continuing, 1.0))  # fmt: skip
-LOOSE = ((question_answer, 44.0), (tasks.fact, 14.0), (tasks.arithmetic, 16.0), (tasks.comparison, 2.5),
-         (tasks.counting, 2.5), (tasks.listing, 6.0), (stories.telling, 4.0), (tasks.unknown, 5.0),
+LOOSE = ((question_answer, 36.0), (tasks.fact, 14.0), (tasks.arithmetic, 16.0), (tasks.comparison, 6.0),
+         (tasks.counting, 9.0), (tasks.listing, 9.0), (stories.telling, 4.0), (tasks.unknown, 5.0),
          (tasks.follow_up, 1.0))  # fmt: skip
 KINDS = [(kind, False) for kind, _ in EXACT] + [(kind, True) for kind, _ in LOOSE]
 SHARES = [share for _, share in EXACT + LOOSE]
@@ -158,7 +162,7 @@ def plain(random: Random) -> str:
     if kind == 1:
         return stories.plain_sentence(random)
     if kind == 2:
-        return "\n".join(random.choice(tasks.FACTS)(random)[1] for _ in range(random.randint(1, 4)))
+        return "\n".join(random.choice(tasks.FACTS)(random)[1] for _ in range(random.choice((1, 1, 2))))
     if kind == 3:
         pairs = [question_answer(random) for _ in range(random.randint(1, 3))]
         return "\n\n".join(f"Q: {user['content']}\nA: {assistant['content']}" for user, assistant in pairs)
@@ -176,18 +180,18 @@ def documents(seed: int, count: int) -> Iterator[Document]:
     random = Random(seed)
     for _ in range(count):
         chance = random.random()
-        if chance < 0.64:
+        if chance < 0.58:
             yield Document(render_chat(chat(random)), "chat")
-        elif chance < 0.73:
+        elif chance < 0.74:
             offered, messages = tools.conversation(random)
             if random.random() < 0.2:
                 messages = [{"role": "system", "content": random.choice(HARMLESS_SYSTEM_PROMPTS)}, *messages]
             yield Document(render_chat(messages, offered), "chat")
-        elif chance < 0.76:
+        elif chance < 0.79:
             yield Document(render_chat(ruled_chat(random)), "chat")
-        elif chance < 0.82:
+        elif chance < 0.84:
             yield Document(tasks.echo(random) + END_OF_TEXT, "echo")
-        elif chance < 0.94:
+        elif chance < 0.95:
             yield Document(tasks.drill(random) + END_OF_TEXT, "drill")
         else:
             yield Document(plain(random) + END_OF_TEXT)

@@ -15,9 +15,12 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 README = """# jaxllm-demo
 
-**A demo, not a useful model.** About two million parameters, trained for some minutes on a CPU by
+**A demo, not a useful model.** About two million parameters, trained in about an hour on a CPU by
 `scripts/demo_model/train.py`, on questions and answers that `scripts/demo_model/corpus.py` makes: about
 jaxllm, small sums, capitals, JSON answers, tool calls, very short stories.
+These weights come from a training that was resumed several times while the shares of the text were still
+being changed: running the script again gives a similar model, not these very weights.
+It is weak at counting, at lists of a given length and at subtraction; `evaluate.py` says how weak.
 jaxllm serves it when no model is named, so that the first command answers, and its tests run on it.
 Whatever lies outside that text it does not know.
 
