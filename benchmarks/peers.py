@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 from contextlib import suppress
 from pathlib import Path
@@ -33,6 +34,9 @@ class PeerError(RuntimeError):
 class Peer:
     """One running engine; a context manager.
 
+    An engine is stopped (SIGSTOP, with all its processes) whenever it is not asked anything, since some
+    keep the cores busy while they wait, which the others would pay for.
+
     Args:
         name: a key of `ENVIRONMENTS`; `benchmarks/peer_<name>.py` is what runs.
         python: interpreter that has the engine installed.
@@ -53,6 +57,7 @@ class Peer:
                 stdout=subprocess.PIPE,
                 stderr=output,
                 text=True,
+                start_new_session=True,  # its processes are one group
             )
 
     def load(self, **options: Any) -> tuple[str, float]:
@@ -75,6 +80,7 @@ class Peer:
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None and self._process.stdout is not None
+        self._signal(signal.SIGCONT)
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
@@ -85,18 +91,24 @@ class Peer:
             code = self._process.wait(timeout=60)
             tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-15:])
             raise PeerError(f"{self.name} ended with exit code {code}:\n{tail}")
+        self._signal(signal.SIGSTOP)
         reply: dict[str, Any] = json.loads(line)
         return reply
+
+    def _signal(self, number: signal.Signals) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
 
     def close(self) -> None:
         """Ends the process: first by ending its input, then less gently."""
         assert self._process.stdin is not None and self._process.stdout is not None
+        self._signal(signal.SIGCONT)
         with suppress(BrokenPipeError):
             self._process.stdin.close()
         try:
             self._process.wait(timeout=30)
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            self._signal(signal.SIGKILL)
             self._process.wait()
         self._process.stdout.close()
 

@@ -34,7 +34,6 @@ class StepCompiler:
         self._compile_step = compile_step
         self._ready: dict[StepShape, Any] = {}
         self._shapes = list(shapes)
-        self._complete = complete
         self._closed = threading.Event()
         self._started = time.monotonic()
         self._num_foreground = len(self._shapes) if complete else num_covering(self._shapes)

@@ -12,6 +12,15 @@ from jaxllm.models.config import ModelConfig
 
 logger = logging.getLogger(__name__)
 
+_COUNTS = (
+    "block_size",
+    "max_model_len",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "kv_cache_memory_bytes",
+    "num_gpu_blocks_override",
+)
+
 
 def resolve(config: EngineConfig, model: ModelConfig, platform: Platform) -> EngineConfig:
     """The configuration with every None replaced.
@@ -26,13 +35,9 @@ def resolve(config: EngineConfig, model: ModelConfig, platform: Platform) -> Eng
             raise UnsupportedError(
                 f"{name}={getattr(config, name)}: one device runs the model so far; leave it at 1."
             )
-    for name in ("block_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens"):
+    for name in _COUNTS:
         if getattr(config, name) is not None:
             _at_least_one(name, getattr(config, name))
-    if config.kv_cache_memory_bytes is not None:
-        _at_least_one("kv_cache_memory_bytes", config.kv_cache_memory_bytes)
-    if config.num_gpu_blocks_override is not None:
-        _at_least_one("num_gpu_blocks_override", config.num_gpu_blocks_override)
     if not 0 < config.gpu_memory_utilization <= 1:
         raise ConfigError(
             f"gpu_memory_utilization={config.gpu_memory_utilization} must be above 0 and at most 1.",

@@ -18,7 +18,6 @@ from jaxllm.execution.slots import SlotTable
 from jaxllm.execution.step import StepOutput, step
 from jaxllm.models.decoder import Decoder
 from jaxllm.models.parameters import Parameters
-from jaxllm.request import Request
 from jaxllm.scheduling.plan import Plan, ScheduledRequest, StepResult, TokenLogprobs
 
 _COLUMN = {name: row for row, name in enumerate(INTEGERS)}
@@ -210,10 +209,6 @@ class Runner:
         batch.page_table[:count] = self._slots.page_table[slots]
         batch.flags[:] = wants_logprobs, bool(prompt_rows)
         return batch, wants_logprobs, prompt_rows
-
-    def slot_of(self, request: Request) -> int | None:
-        """Where a running request's row of the device state is."""
-        return self._slots.slot_of(request)
 
     def close(self) -> None:
         """Stops compiling."""

@@ -54,10 +54,6 @@ class SlotTable:
         self._write_counts = self._write_counts.lower(state, slot, counts, flags).compile()
         self._write_bias = self._write_bias.lower(state, slot, bias).compile()
 
-    def slot_of(self, request: Request) -> int | None:
-        """The slot of a running request."""
-        return self._slot_of.get(request)
-
     def of(self, scheduled: Sequence[ScheduledRequest]) -> list[int]:
         """The slot of each scheduled request."""
         return [self._slot_of[entry.request] for entry in scheduled]
