@@ -11,11 +11,14 @@ cost follows the real lengths, not the padded shapes).
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels.ragged_paged_attention import reference, xla
+from pallas_kernels.ragged_paged_attention.options import AttentionOptions
+from pallas_kernels.ragged_paged_attention.validation import validate
 
 Backend = Literal["reference", "xla"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
@@ -35,9 +38,17 @@ def ragged_paged_attention(
     *,
     scale: float,
     window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
+    alibi_slopes: jax.Array | None = None,
+    k_scale: jax.Array | float | None = None,
+    v_scale: jax.Array | float | None = None,
+    span_ends: jax.Array | None = None,
+    tree_mask: jax.Array | None = None,
+    return_lse: bool = False,
     decode_only: bool = False,
     backend: Backend = "xla",
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, ...]:
     """Writes new keys and values into the cache and attends to everything before each query.
 
     Args:
@@ -53,71 +64,50 @@ def ragged_paged_attention(
         query_starts: int32[S + 1], non-decreasing; empty sequences have equal neighbours.
         scale: multiplies the logits.
         window: a query sees itself and the window - 1 positions before it; None sees all.
+        soft_cap: logits become soft_cap * tanh(logits / soft_cap); None leaves them.
+        sinks: float32[num_heads], a logit of each head that takes part in the softmax's sum and has no
+            value (gpt-oss; Xiao et al. 2024).
+        alibi_slopes: float32[num_heads]; slope * (key position - query position) is added to the
+            logits (Press et al. 2022).
+        k_scale, v_scale: what the cache holds is k / k_scale and v / v_scale, rounded to its dtype;
+            needed where that is int8.
+        span_ends: int32[T]; a query also sees the keys of its sequence before this position although
+            they come after it (the bidirectional spans of images). They must be in the cache or among
+            the new ones.
+        tree_mask: bool[T, D]; in sequences of at most D new tokens, whether a query sees the j-th of
+            them, in place of causality; the tokens before those it sees as always. For verifying a
+            tree of speculated tokens. `window` and ALiBi go by the place in the cache. A query that
+            sees nothing at all gives zero, and minus infinity (or its sink) as log-sum-exp.
+        return_lse: also return the logarithm of the softmax's sum, to merge with attention over other
+            keys.
         decode_only: promise that no sequence has more than one query and that T == S with
             query s in row s, which lets a backend leave out its prefill path.
         backend: which implementation runs.
 
     Returns:
-        (out, kv_pages): out is [T, num_heads, head_dim]; its padding rows are finite.
+        (out, kv_pages), and with return_lse a third, lse float32[T, num_heads]. out is
+        [T, num_heads, head_dim]; its padding rows are finite, those of lse hold anything.
 
     Raises:
         ValueError: shapes or options that do not fit together.
     """
-    _validate(q, k, v, kv_pages, page_table, seq_lens, query_starts, window, decode_only, backend)
-    return _IMPLEMENTATIONS[backend](
-        q,
-        k,
-        v,
-        kv_pages,
-        layer,
-        page_table,
-        seq_lens,
-        query_starts,
+    options = AttentionOptions(
         scale=scale,
         window=window,
+        soft_cap=soft_cap,
         decode_only=decode_only,
+        return_lse=return_lse,
+        sinks=sinks,
+        alibi_slopes=alibi_slopes,
+        k_scale=None if k_scale is None else jnp.asarray(k_scale, jnp.float32),
+        v_scale=None if v_scale is None else jnp.asarray(v_scale, jnp.float32),
+        span_ends=span_ends,
+        tree_mask=tree_mask,
     )
-
-
-def _validate(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    kv_pages: jax.Array,
-    page_table: jax.Array,
-    seq_lens: jax.Array,
-    query_starts: jax.Array,
-    window: int | None,
-    decode_only: bool,
-    backend: str,
-) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is not one of {', '.join(BACKENDS)}.")
-    if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or q.shape[0] != k.shape[0]:
-        raise ValueError(
-            f"q must be [T, heads, head_dim], and k and v alike [T, kv_heads, head_dim]; got {q.shape}, "
-            f"{k.shape} and {v.shape}."
-        )
-    tokens, num_heads, head_dim = q.shape
-    num_kv_heads = k.shape[1]
-    if num_heads % num_kv_heads:
-        raise ValueError(
-            f"{num_heads} query heads cannot be shared evenly by {num_kv_heads} key-value heads."
-        )
-    if kv_pages.ndim != 5 or kv_pages.shape[3:] != (2 * num_kv_heads, head_dim):
-        raise ValueError(
-            "kv_pages must be [layers, pages, page_size, 2 * kv_heads, head_dim] with "
-            f"2 * kv_heads = {2 * num_kv_heads} and head_dim = {head_dim}; got {kv_pages.shape}."
-        )
-    num_seqs = page_table.shape[0]
-    if seq_lens.shape != (num_seqs,) or query_starts.shape != (num_seqs + 1,):
-        raise ValueError(
-            f"page_table has {num_seqs} sequences, so seq_lens must be [{num_seqs}] and query_starts "
-            f"[{num_seqs + 1}]; got {seq_lens.shape} and {query_starts.shape}."
-        )
-    if window is not None and window < 1:
-        raise ValueError(f"window={window} must be at least 1, or None for full attention.")
-    if decode_only and tokens != num_seqs:
-        raise ValueError(
-            f"decode_only needs one query row per sequence; got {tokens} rows and {num_seqs} sequences."
-        )
+    validate(q, k, v, kv_pages, page_table, seq_lens, query_starts, options)
+    results: tuple[Any, ...] = _IMPLEMENTATIONS[backend](
+        q, k, v, kv_pages, layer, page_table, seq_lens, query_starts, options
+    )
+    return results if return_lse else results[:2]

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from pallas_kernels.ragged_paged_attention.options import AttentionOptions
 
 
 def token_positions(
@@ -28,6 +32,19 @@ def token_positions(
     return sequence, position, is_real
 
 
+def to_cache_dtype(x: jax.Array, scale: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
+    """x / scale as the cache stores it: rounded to nearest even, and held within the range of fp8 or int8."""
+    if scale is not None:
+        x = x.astype(jnp.float32) / scale
+    if jnp.issubdtype(dtype, jnp.integer):
+        limits = np.iinfo(dtype)
+        return jnp.clip(jnp.round(x), limits.min, limits.max).astype(dtype)
+    if dtype.itemsize == 1:  # fp8: what is past the largest number would become NaN or infinity
+        limit = float(ml_dtypes.finfo(dtype).max)  # type: ignore[no-untyped-call]
+        x = jnp.clip(x, -limit, limit)
+    return x.astype(dtype)
+
+
 def write_new_tokens(
     k: jax.Array,
     v: jax.Array,
@@ -36,8 +53,11 @@ def write_new_tokens(
     page_table: jax.Array,
     seq_lens: jax.Array,
     query_starts: jax.Array,
+    options: AttentionOptions,
 ) -> jax.Array:
     """Scatters k, v [T, kv_heads, head_dim] into their pages; padding goes to the null page 0."""
+    k = to_cache_dtype(k, options.k_scale, kv_pages.dtype)
+    v = to_cache_dtype(v, options.v_scale, kv_pages.dtype)
     tokens, num_kv_heads, head_dim = k.shape
     page_size = kv_pages.shape[2]
     sequence, position, is_real = token_positions(seq_lens, query_starts, tokens)
@@ -45,5 +65,5 @@ def write_new_tokens(
     offset = jnp.where(is_real, position % page_size, 0)
     # Padding rows write zeros, so that the null page never holds anything but finite numbers.
     new = jnp.stack([k, v], axis=2).reshape(tokens, 2 * num_kv_heads, head_dim)
-    new = jnp.where(is_real[:, None, None], new, 0).astype(kv_pages.dtype)
+    new = jnp.where(is_real[:, None, None], new, jnp.zeros((), kv_pages.dtype))
     return kv_pages.at[layer, page, offset].set(new, mode="promise_in_bounds")

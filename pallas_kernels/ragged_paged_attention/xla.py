@@ -10,16 +10,21 @@ for as many trips as the real lengths ask for:
   the blocks of keys it can see.
 
 A block is gathered from its pages once, as one copy per page, and masked values are replaced by
-zero, since what an unused slot holds (NaN included) must not reach the result.
+zero, since what an unused slot holds (NaN included) must not reach the result. An option that is
+not used leaves no operation behind. Scales of k and v are applied to the queries and the output,
+which are smaller than the keys and values; a sink is where a row's running maximum and sum start.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.ragged_paged_attention.cache import write_new_tokens
+from pallas_kernels.ragged_paged_attention.options import AttentionOptions
 
 # Finite, so that a row that has seen nothing yet gives exp(MASKED - MASKED) and not NaN.
 MASKED = -1e30
@@ -41,29 +46,51 @@ def attend(
     page_table: jax.Array,
     seq_lens: jax.Array,
     query_starts: jax.Array,
-    *,
-    scale: float,
-    window: int | None,
-    decode_only: bool,
-) -> tuple[jax.Array, jax.Array]:
-    """See `ragged_paged_attention`."""
+    options: AttentionOptions,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """See `ragged_paged_attention`; lse is None unless asked for."""
+    num_tokens, _, head_dim = q.shape
     num_kv_heads = k.shape[1]
-    kv_pages = write_new_tokens(k, v, kv_pages, layer, page_table, seq_lens, query_starts)
-    grouped = (q.astype(jnp.float32) * scale).reshape(q.shape[0], num_kv_heads, -1, q.shape[2])
+    kv_pages = write_new_tokens(k, v, kv_pages, layer, page_table, seq_lens, query_starts, options)
+    scale = options.scale if options.k_scale is None else options.scale * options.k_scale
+    grouped = (q.astype(jnp.float32) * scale).reshape(num_tokens, num_kv_heads, -1, head_dim)
     query_lens = query_starts[1:] - query_starts[:-1]
     decode_lens = jnp.where(query_lens == 1, seq_lens, 0)
-    if decode_only:
-        out = _attend_decodes(grouped, kv_pages, layer, page_table, decode_lens, window)
+    if options.decode_only:
+        sees_itself = None if options.tree_mask is None else options.tree_mask[:, 0]
+        out, lse = _attend_decodes(grouped, kv_pages, layer, page_table, decode_lens, sees_itself, options)
     else:
         columns = grouped.transpose(1, 3, 2, 0)
-        out = _attend_prefills(columns, kv_pages, layer, page_table, seq_lens, query_starts, window)
+        out, lse = _attend_prefills(columns, kv_pages, layer, page_table, seq_lens, query_starts, options)
         rows = query_starts[:-1]
-        decodes = _attend_decodes(
-            grouped[jnp.minimum(rows, q.shape[0] - 1)], kv_pages, layer, page_table, decode_lens, window
+        own_row = jnp.minimum(rows, num_tokens - 1)
+        sees_itself = None if options.tree_mask is None else options.tree_mask[own_row, 0]
+        decodes, decode_lse = _attend_decodes(
+            grouped[own_row], kv_pages, layer, page_table, decode_lens, sees_itself, options
         )
-        target = jnp.where(query_lens == 1, rows, q.shape[0])
+        target = jnp.where(query_lens == 1, rows, num_tokens)
         out = out.at[..., target].set(decodes.transpose(1, 3, 2, 0), mode="drop").transpose(3, 0, 2, 1)
-    return out.reshape(q.shape).astype(q.dtype), kv_pages
+        if lse is not None and decode_lse is not None:
+            lse = lse.at[..., target].set(decode_lse.transpose(1, 2, 0), mode="drop").transpose(2, 0, 1)
+    if options.v_scale is not None:
+        out = out * options.v_scale
+    if lse is not None:
+        lse = lse.reshape(q.shape[:2])
+    return out.reshape(q.shape).astype(q.dtype), kv_pages, lse
+
+
+def _softmax_start(options: AttentionOptions, num_kv_heads: int, group: int) -> tuple[jax.Array, jax.Array]:
+    """Running maximum and sum [kv_heads, group] before the first key: a sink is a key without a value."""
+    if options.sinks is None:
+        return jnp.full((num_kv_heads, group), MASKED), jnp.zeros((num_kv_heads, group))
+    # A sink of minus infinity is none.
+    sinks = jnp.maximum(options.sinks.astype(jnp.float32), MASKED).reshape(num_kv_heads, group)
+    return sinks, jnp.ones_like(sinks)
+
+
+def _grouped_slopes(options: AttentionOptions, num_kv_heads: int) -> jax.Array | None:
+    """ALiBi slopes [kv_heads, group]."""
+    return None if options.alibi_slopes is None else options.alibi_slopes.reshape(num_kv_heads, -1)
 
 
 def _gather_blocks(
@@ -77,7 +104,8 @@ def _gather_blocks(
     block = kv_pages[layer, pages]
     block = block.reshape(*pages.shape[:-1], pages.shape[-1] * page_size, heads // 2, 2, head_dim)
     keys, values = block[..., 0, :], block[..., 1, :]
-    return keys.astype(jnp.float32), jnp.where(visible[..., None, None], values, 0).astype(jnp.float32)
+    zero = jnp.zeros((), values.dtype)
+    return keys.astype(jnp.float32), jnp.where(visible[..., None, None], values, zero).astype(jnp.float32)
 
 
 def _attend_decodes(
@@ -86,14 +114,20 @@ def _attend_decodes(
     layer: jax.Array | int,
     page_table: jax.Array,
     seq_lens: jax.Array,
-    window: int | None,
-) -> jax.Array:
-    """One query per sequence: q [S, kv_heads, group, head_dim], scaled; seq_lens 0 leaves a row at zero."""
+    sees_itself: jax.Array | None,
+    options: AttentionOptions,
+) -> tuple[jax.Array, jax.Array | None]:
+    """One query per sequence: q [S, kv_heads, group, head_dim], scaled; seq_lens 0 leaves a row at zero.
+
+    sees_itself is bool[S] under a tree mask: whether the query may see its own key.
+    Returns q's shape and, where asked for, log-sum-exp [S, kv_heads, group].
+    """
     num_seqs, num_kv_heads, group, head_dim = q.shape
     page_size = kv_pages.shape[2]
     pages_per_block = max(1, DECODE_BLOCK // page_size)
     block_size = pages_per_block * page_size
     lanes = min(max(4 * num_seqs, DECODE_LANES[0]), DECODE_LANES[1])
+    window, slopes = options.window, _grouped_slopes(options, num_kv_heads)
 
     first_block = jnp.zeros_like(seq_lens)
     if window is not None:
@@ -114,26 +148,35 @@ def _attend_decodes(
         visible = (position < seq_lens[sequence][:, None]) & (index < total)[:, None]
         if window is not None:
             visible &= position >= seq_lens[sequence][:, None] - window
+        if sees_itself is not None:
+            visible &= sees_itself[sequence][:, None] | (position < seq_lens[sequence][:, None] - 1)
         keys, values = _gather_blocks(kv_pages, layer, pages, visible)
 
-        logits = jnp.einsum("nkgd,nbkd->nkgb", q[sequence], keys)
+        logits = options.cap(jnp.einsum("nkgd,nbkd->nkgb", q[sequence], keys))
+        if slopes is not None:
+            distance = position - (seq_lens[sequence][:, None] - 1)
+            logits += slopes[..., None] * distance[:, None, None]
         logits = jnp.where(visible[:, None, None], logits, MASKED)
         new_max = running_max.at[sequence].max(logits.max(axis=-1))
         weights = jnp.exp(logits - new_max[sequence][..., None])
+        if sees_itself is not None:  # only then may a row see no key at all
+            weights = jnp.where(visible[:, None, None], weights, 0)
         decay = jnp.exp(running_max - new_max)
         running_sum = (running_sum * decay).at[sequence].add(weights.sum(axis=-1))
         partial = jnp.einsum("nkgb,nbkd->nkgd", weights, values)
         out = (out * decay[..., None]).at[sequence].add(partial)
         return done + lanes, new_max, running_sum, out
 
+    start_max, start_sum = _softmax_start(options, num_kv_heads, group)
     start = (
         jnp.int32(0),
-        jnp.full((num_seqs, num_kv_heads, group), MASKED, jnp.float32),
-        jnp.zeros((num_seqs, num_kv_heads, group), jnp.float32),
+        jnp.broadcast_to(start_max, (num_seqs, num_kv_heads, group)),
+        jnp.broadcast_to(start_sum, (num_seqs, num_kv_heads, group)),
         jnp.zeros((num_seqs, num_kv_heads, group, head_dim), jnp.float32),
     )
-    _, _, weight_sum, out = lax.while_loop(lambda carry: carry[0] < total, next_pairs, start)
-    return out / jnp.where(weight_sum > 0, weight_sum, 1)[..., None]
+    _, maximum, weight_sum, out = lax.while_loop(lambda carry: carry[0] < total, next_pairs, start)
+    lse = maximum + jnp.log(weight_sum) if options.return_lse else None
+    return out / jnp.where(weight_sum > 0, weight_sum, 1)[..., None], lse
 
 
 def _attend_prefills(
@@ -143,20 +186,53 @@ def _attend_prefills(
     page_table: jax.Array,
     seq_lens: jax.Array,
     query_starts: jax.Array,
-    window: int | None,
-) -> jax.Array:
-    """Sequences with two queries or more: q [kv_heads, head_dim, group, T], scaled; returns the same shape.
+    options: AttentionOptions,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Sequences with two queries or more: q [kv_heads, head_dim, group, T], scaled.
 
-    Columns of other sequences hold numbers of no meaning.
+    Returns the same shape and, where asked for, log-sum-exp [kv_heads, group, T]. Columns of other
+    sequences hold numbers of no meaning.
     """
 
-    def in_tiles(sizes: tuple[int, int]) -> jax.Array:
-        return _attend_in_tiles(q, kv_pages, layer, page_table, seq_lens, query_starts, window, *sizes)
+    def in_tiles(sizes: tuple[int, int]) -> tuple[jax.Array, jax.Array | None]:
+        return _attend_in_tiles(q, kv_pages, layer, page_table, seq_lens, query_starts, options, *sizes)
 
     if q.shape[3] <= SHORT_PREFILL:
         return in_tiles(SHORT_TILES)
     longest = jnp.max(query_starts[1:] - query_starts[:-1])
     return lax.cond(longest > SHORT_PREFILL, lambda: in_tiles(LONG_TILES), lambda: in_tiles(SHORT_TILES))
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """What decides which keys the queries of one tile see; C = group * tile columns.
+
+    Attributes:
+        position: int32[C] of each query in its sequence.
+        first_block: int32[], no query sees a key of the blocks before.
+        key_end: int32[], no query sees a key from here on.
+        span_end: int32[C], None without spans.
+        tree: bool[D, C], which of the new tokens each query sees; None without a tree mask.
+        new_start: int32[], where the new tokens begin that `tree` speaks of; past every key where the
+            sequence has more than D of them.
+    """
+
+    position: jax.Array
+    first_block: jax.Array
+    key_end: jax.Array
+    span_end: jax.Array | None
+    tree: jax.Array | None
+    new_start: jax.Array
+
+    def sees(self, key_position: jax.Array, exists: jax.Array, options: AttentionOptions) -> jax.Array:
+        """bool[keys, C] of key_position int32[keys], where exists bool[keys] are before key_end."""
+        key_position = key_position[:, None]
+        visible = exists[:, None] & options.visible(key_position, self.position, self.span_end)
+        if self.tree is None:
+            return visible
+        column = jnp.clip(key_position[:, 0] - self.new_start, 0, self.tree.shape[0] - 1)
+        allowed = options.within_window(exists[:, None] & self.tree[column], key_position, self.position)
+        return jnp.where(key_position >= self.new_start, allowed, visible)
 
 
 def _attend_in_tiles(
@@ -166,10 +242,10 @@ def _attend_in_tiles(
     page_table: jax.Array,
     seq_lens: jax.Array,
     query_starts: jax.Array,
-    window: int | None,
+    options: AttentionOptions,
     tile: int,
     block: int,
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array | None]:
     """Queries are columns here: logits are [kv_heads, keys, queries], so that maxima and sums run over rows.
 
     q and the result are [kv_heads, head_dim, group, T].
@@ -182,57 +258,90 @@ def _attend_in_tiles(
     # Room past the end, so that neither a tile nor a block is ever shifted back to fit.
     q = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, tile)))
     page_table = jnp.pad(page_table, ((0, 0), (0, pages_per_block)))
+    span_ends, tree = options.span_ends, options.tree_mask
+    if span_ends is not None:
+        span_ends = jnp.pad(span_ends, (0, tile))
+    if tree is not None:
+        tree = jnp.pad(tree.T, ((0, 0), (0, tile)))
+    slopes = _grouped_slopes(options, num_kv_heads)
+    if slopes is not None:
+        slopes = jnp.repeat(slopes, tile, axis=1)[:, None]  # [kv_heads, 1, C]
 
     query_lens = query_starts[1:] - query_starts[:-1]
     num_tiles = jnp.where(query_lens > 1, -(-query_lens // tile), 0)
     list_end = jnp.cumsum(num_tiles)
 
+    def describe_tile(sequence: jax.Array, row_in_sequence: jax.Array, row: jax.Array) -> _Tile:
+        new_start = seq_lens[sequence] - query_lens[sequence]
+        first_position = new_start + row_in_sequence
+        first_block = jnp.int32(0)
+        if options.window is not None:
+            first_block = jnp.maximum(first_position - options.window + 1, 0) // block_size
+        key_end, span_end, seen_of_tree = first_position + tile, None, None
+        if span_ends is not None:
+            # Rows past the sequence's end are another's.
+            is_own = row_in_sequence + jnp.arange(tile) < query_lens[sequence]
+            span_end = jnp.where(is_own, lax.dynamic_slice_in_dim(span_ends, row, tile), 0)
+            key_end = jnp.maximum(key_end, span_end.max())
+            span_end = jnp.tile(span_end, group)
+        if tree is not None:
+            is_tree = query_lens[sequence] <= tree.shape[0]
+            seen_of_tree = jnp.tile(lax.dynamic_slice_in_dim(tree, row, tile, axis=1), (1, group))
+            key_end = jnp.where(is_tree, seq_lens[sequence], key_end)
+            new_start = jnp.where(is_tree, new_start, seq_lens[sequence])
+        key_end = jnp.minimum(seq_lens[sequence], key_end)
+        position = jnp.tile(first_position + jnp.arange(tile), group)
+        return _Tile(position, first_block, key_end, span_end, seen_of_tree, new_start)
+
     def next_tile(carry):  # type: ignore[no-untyped-def]
-        index, out = carry
+        index, out, lse = carry
         sequence = jnp.sum(list_end <= index)
         row_in_sequence = (index - (list_end - num_tiles)[sequence]) * tile
         row = query_starts[sequence] + row_in_sequence
-        first_position = seq_lens[sequence] - query_lens[sequence] + row_in_sequence
         queries = lax.dynamic_slice_in_dim(q, row, tile, axis=3).reshape(num_kv_heads, head_dim, -1)
-        query_position = jnp.tile(first_position + jnp.arange(tile), group)
-        key_end = jnp.minimum(seq_lens[sequence], first_position + tile)
+        here = describe_tile(sequence, row_in_sequence, row)
         table = page_table[sequence]
 
         def next_block(carry):  # type: ignore[no-untyped-def]
             block, running_max, running_sum, acc = carry
             pages = lax.dynamic_slice_in_dim(table, block * pages_per_block, pages_per_block)
             key_position = block * block_size + jnp.arange(block_size)
-            exists = key_position < key_end
+            exists = key_position < here.key_end
             keys, values = _gather_blocks(kv_pages, layer, pages, exists)
-            logits = jnp.einsum("bkd,kdq->kbq", keys, queries)
-            visible = exists[:, None] & (key_position[:, None] <= query_position)
-            if window is not None:
-                visible &= key_position[:, None] > query_position - window
+            logits = options.cap(jnp.einsum("bkd,kdq->kbq", keys, queries))
+            if slopes is not None:
+                logits += slopes * (key_position[:, None] - here.position)
+            visible = here.sees(key_position, exists, options)
             logits = jnp.where(visible, logits, MASKED)
             new_max = jnp.maximum(running_max, logits.max(axis=1))
             weights = jnp.exp(logits - new_max[:, None])
+            if tree is not None:  # only then may a query see no key at all
+                weights = jnp.where(visible, weights, 0)
             decay = jnp.exp(running_max - new_max)
             running_sum = running_sum * decay + weights.sum(axis=1)
             acc = acc * decay[:, None] + jnp.einsum("bkd,kbq->kdq", values, weights)
             return block + 1, new_max, running_sum, acc
 
-        first_block = jnp.int32(0)
-        if window is not None:
-            first_block = jnp.maximum(first_position - window + 1, 0) // block_size
+        start_max, start_sum = _softmax_start(options, num_kv_heads, group)
         start = (
-            first_block,
-            jnp.full((num_kv_heads, group * tile), MASKED, jnp.float32),
-            jnp.zeros((num_kv_heads, group * tile), jnp.float32),
+            here.first_block,
+            jnp.repeat(start_max, tile, axis=1),
+            jnp.repeat(start_sum, tile, axis=1),
             jnp.zeros((num_kv_heads, head_dim, group * tile), jnp.float32),
         )
-        _, _, weight_sum, acc = lax.while_loop(
-            lambda carry: carry[0] * block_size < key_end, next_block, start
+        _, maximum, weight_sum, acc = lax.while_loop(
+            lambda carry: carry[0] * block_size < here.key_end, next_block, start
         )
         acc = acc / jnp.where(weight_sum > 0, weight_sum, 1)[:, None]
         # Columns past the sequence's end belong to later tiles, which overwrite them.
         acc = acc.reshape(num_kv_heads, head_dim, group, tile)
-        return index + 1, lax.dynamic_update_slice_in_dim(out, acc, row, axis=3)
+        out = lax.dynamic_update_slice_in_dim(out, acc, row, axis=3)
+        if lse is not None:
+            new = (maximum + jnp.log(weight_sum)).reshape(num_kv_heads, group, tile)
+            lse = lax.dynamic_update_slice_in_dim(lse, new, row, axis=2)
+        return index + 1, out, lse
 
-    start = (jnp.int32(0), jnp.zeros_like(q))
-    _, out = lax.while_loop(lambda carry: carry[0] < list_end[-1], next_tile, start)
-    return out[..., :num_tokens]
+    start_lse = jnp.zeros((num_kv_heads, group, num_tokens + tile)) if options.return_lse else None
+    start = (jnp.int32(0), jnp.zeros_like(q), start_lse)
+    _, out, lse = lax.while_loop(lambda carry: carry[0] < list_end[-1], next_tile, start)
+    return out[..., :num_tokens], None if lse is None else lse[..., :num_tokens]
