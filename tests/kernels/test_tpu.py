@@ -1,0 +1,225 @@
+"""The TPU kernel in the TPU interpreter, with race detection: ragged batches against float64, the cache bit for bit."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.ragged_paged_attention import tpu
+from pallas_kernels.ragged_paged_attention.options import AttentionOptions
+
+TOLERANCE = {"float32": 5e-6, "bfloat16": 4e-3}
+
+
+@dataclass(frozen=True)
+class Case:
+    """(context, new tokens) of each sequence, and what the op is asked for."""
+
+    sequences: tuple[tuple[int, int], ...]
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 16
+    page_size: int = 8
+    pages_per_seq: int = 8
+    padding: int = 3
+    dtype: str = "float32"
+    cache_dtype: str | None = None
+    queries: int = 16
+    keys: int = 16
+    decode_only: bool = False
+    logit_size: float = 1.0
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+RAGGED = ((20, 1), (0, 0), (0, 37), (5, 19), (0, 1), (40, 2), (0, 0))
+DECODES = ((20, 1), (0, 1), (47, 1), (15, 1), (16, 1), (0, 0), (0, 0))
+
+CASES = {
+    "ragged": Case(RAGGED),
+    "small logits": Case(RAGGED, logit_size=0.01),
+    "large logits": Case(RAGGED, logit_size=8.0),
+    "one key-value head": Case(RAGGED, heads=3, kv_heads=1),
+    "no groups": Case(RAGGED, heads=2, kv_heads=2),
+    "odd head_dim": Case(RAGGED, head_dim=7),
+    "page of sixteen, block of two pages": Case(RAGGED, page_size=16, keys=32),
+    "block of one page": Case(RAGGED, keys=8),
+    "one block for all": Case(RAGGED, keys=64),
+    "window": Case(RAGGED, options={"window": 11}),
+    "window of one": Case(RAGGED, options={"window": 1}),
+    "soft cap": Case(RAGGED, logit_size=4.0, options={"soft_cap": 3.0}),
+    "sinks": Case(RAGGED, options={"sinks": True, "return_lse": True}),
+    "alibi": Case(RAGGED, options={"alibi_slopes": True}),
+    "log-sum-exp": Case(RAGGED, options={"return_lse": True}),
+    "everything": Case(
+        RAGGED,
+        options={"window": 13, "soft_cap": 5.0, "sinks": True, "alibi_slopes": True, "return_lse": True},
+    ),
+    "decodes": Case(DECODES, decode_only=True, padding=0),
+    "decodes, window": Case(DECODES, decode_only=True, padding=0, options={"window": 9}),
+    "decodes, everything": Case(
+        DECODES,
+        decode_only=True,
+        padding=0,
+        options={"window": 17, "soft_cap": 5.0, "sinks": True, "alibi_slopes": True, "return_lse": True},
+    ),
+    "nothing": Case(((0, 0), (0, 0)), padding=5),
+    "nothing to decode": Case(((0, 0), (0, 0)), decode_only=True, padding=2),
+    "bfloat16": Case(RAGGED, dtype="bfloat16"),
+    "bfloat16 decodes": Case(DECODES, decode_only=True, padding=0, dtype="bfloat16"),
+    "int8 pages": Case(RAGGED, cache_dtype="int8", options={"k_scale": 0.03, "v_scale": 0.02}),
+    "float8 pages": Case(
+        RAGGED, cache_dtype="float8_e4m3fn", dtype="bfloat16", options={"k_scale": 0.5, "v_scale": 2.0}
+    ),
+    "bfloat16 pages, float32 queries": Case(RAGGED, cache_dtype="bfloat16"),
+}
+
+
+@dataclass(frozen=True)
+class Batch:
+    arrays: dict[str, Any]
+    options: AttentionOptions
+    layer: int
+    num_new: int
+
+
+def make_batch(case: Case, seed: int) -> Batch:
+    """Random numbers, and NaN wherever nothing may be read: other layers, unused slots, padding."""
+    rng = np.random.default_rng(seed)
+    num_seqs = len(case.sequences)
+    num_new = sum(new for _, new in case.sequences)
+    num_tokens = num_new + case.padding
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.normal(size=shape).astype(case.dtype)
+
+    kv_shape = (num_tokens, case.kv_heads, case.head_dim)
+    k, v = normal(*kv_shape), normal(*kv_shape)
+    k[num_new:] = v[num_new:] = np.nan
+    num_pages = num_seqs * case.pages_per_seq + 2
+    cache_dtype = jnp.dtype(case.cache_dtype or case.dtype)
+    shape = (3, num_pages, case.page_size, 2 * case.kv_heads, case.head_dim)
+    # int8 has no NaN: numbers that would be seen if they were read.
+    kv_pages = np.full(shape, 77 if cache_dtype == np.int8 else np.nan).astype(cache_dtype)
+    layer = 1
+    table = rng.choice(np.array([-1, 10**9], np.int32), (num_seqs, case.pages_per_seq))
+    free = list(rng.permutation(np.arange(1, num_pages)))
+    for s, (context, new) in enumerate(case.sequences):
+        for p in range(-(-(context + new) // case.page_size)):
+            table[s, p] = free.pop()
+        for t in range(context):
+            slot = kv_pages[layer, table[s, t // case.page_size], t % case.page_size]
+            if cache_dtype == np.int8:
+                slot[...] = rng.integers(-128, 128, slot.shape)
+            else:
+                slot[...] = rng.normal(size=slot.shape).astype(cache_dtype)
+    given = dict(case.options)
+    if given.get("sinks"):
+        given["sinks"] = jnp.asarray(rng.normal(size=case.heads), jnp.float32)
+    if given.get("alibi_slopes"):
+        given["alibi_slopes"] = jnp.asarray(2.0 ** -np.arange(1, case.heads + 1), jnp.float32)
+    for name in ("k_scale", "v_scale"):
+        if name in given:
+            given[name] = jnp.float32(given[name])
+    lens = np.array([sum(pair) for pair in case.sequences], np.int32)
+    starts = np.concatenate([[0], np.cumsum([new for _, new in case.sequences])]).astype(np.int32)
+    arrays = dict(
+        q=normal(num_tokens, case.heads, case.head_dim),
+        k=k,
+        v=v,
+        kv_pages=kv_pages,
+        layer=np.int32(layer),
+        page_table=table,
+        seq_lens=lens,
+        query_starts=starts,
+    )
+    options = AttentionOptions(
+        scale=case.logit_size / case.head_dim**0.5, decode_only=case.decode_only, **given
+    )
+    return Batch(arrays, options, layer, num_new)
+
+
+def oracle(case: Case, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(out, cache, lse) by the definition, in float64, a query and a head at a time."""
+    options, arrays = batch.options, batch.arrays
+    size, group = case.page_size, case.heads // case.kv_heads
+    cache = arrays["kv_pages"].copy()
+    scales = [1.0 if x is None else float(x) for x in (options.k_scale, options.v_scale)]
+    out = np.zeros((batch.num_new, case.heads, case.head_dim))
+    lse = np.zeros((batch.num_new, case.heads))
+
+    def stored(x: np.ndarray, scale: float) -> np.ndarray:
+        divided = x.astype(np.float32) / np.float32(scale)
+        if cache.dtype == np.int8:
+            divided = np.clip(np.round(divided), -128, 127)
+        return divided.astype(cache.dtype)
+
+    for s, length in enumerate(arrays["seq_lens"]):
+        first, end = arrays["query_starts"][s : s + 2]
+        table = arrays["page_table"][s]
+        for row in range(first, end):
+            position = length - (end - row)
+            slot = cache[batch.layer, table[position // size], position % size]
+            slot[0::2] = stored(arrays["k"][row], scales[0])
+            slot[1::2] = stored(arrays["v"][row], scales[1])
+        own = cache[batch.layer, table[: -(-length // size)]].reshape(-1, 2 * case.kv_heads, case.head_dim)
+        own = own[:length].astype(np.float64)
+        for row in range(first, end):
+            position = int(length - (end - row))
+            begin = 0 if options.window is None else max(0, position + 1 - options.window)
+            for head in range(case.heads):
+                seen = own[begin : position + 1, 2 * (head // group) :][:, :2]
+                logits = seen[:, 0] @ arrays["q"][row, head].astype(np.float64) * options.scale * scales[0]
+                if options.soft_cap is not None:
+                    logits = options.soft_cap * np.tanh(logits / options.soft_cap)
+                if options.alibi_slopes is not None:
+                    logits += float(options.alibi_slopes[head]) * (np.arange(begin, position + 1) - position)
+                sink = -np.inf if options.sinks is None else float(options.sinks[head])
+                lse[row, head] = np.logaddexp.reduce([*logits, sink])
+                out[row, head] = np.exp(logits - lse[row, head]) @ seen[:, 1] * scales[1]
+    return out, cache, lse
+
+
+@pytest.fixture(autouse=True)
+def _interpreter() -> Iterator[None]:
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
+        yield
+    pltpu.reset_tpu_interpret_mode_state()
+
+
+def run(case: Case, batch: Batch) -> tuple[np.ndarray, ...]:
+    tiling = tpu.Tiling(1 if case.decode_only else case.queries, case.keys)
+    call = jax.jit(functools.partial(tpu.attend, tiling=tiling))
+    return tuple(np.asarray(x) for x in call(*map(jnp.asarray, batch.arrays.values()), batch.options))
+
+
+def distance(actual: np.ndarray, exact: np.ndarray) -> float:
+    return float(np.linalg.norm(actual.astype(np.float64) - exact) / max(np.linalg.norm(exact), 1e-30))
+
+
+def check(case: Case, seed: int) -> None:
+    batch = make_batch(case, seed)
+    out, cache, lse = run(case, batch)
+    exact, expected_cache, exact_lse = oracle(case, batch)
+    assert out.dtype == batch.arrays["q"].dtype and out.shape == batch.arrays["q"].shape
+    np.testing.assert_array_equal(out[batch.num_new :].astype(np.float32), 0)
+    np.testing.assert_array_equal(cache.view(np.uint8), expected_cache.view(np.uint8))
+    if batch.num_new:
+        assert distance(out[: batch.num_new], exact) <= TOLERANCE[case.dtype]
+        if batch.options.return_lse:
+            assert distance(lse[: batch.num_new], exact_lse) <= TOLERANCE[case.dtype]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_matches_the_definition(name: str) -> None:
+    check(CASES[name], seed=0)
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+
+    assert not interpret_pallas_call.races.races_found
