@@ -135,7 +135,7 @@ def check(
     exact, expected_cache, exact_lse = oracle(batch, shape)
     real = batch.query_starts[-1]
     assert out.dtype == batch.q.dtype and out.shape == batch.q.shape
-    assert np.isfinite(out.astype(np.float32)).all()
+    assert np.isfinite(out.astype(np.float32)).all(), "not finite"
     _check_cache(batch, cache, expected_cache)
     tolerance = TOLERANCE[shape.dtype]
     _check_norm(out[:real].astype(np.float64), exact[:real], tolerance)
