@@ -49,7 +49,8 @@ from pallas_kernels.ragged_paged_attention.options import AttentionOptions
 
 RING = 2
 LANES = 128
-MAX_TABLE_BYTES = 512 * 1024
+MAX_PAGES_PER_SEQ = 2**16
+VMEM_BYTES = 60 * 2**20
 # Finite, so that a row that has seen nothing yet gives exp(MASKED - MASKED) and not NaN.
 MASKED = -(2.0**127)
 
@@ -93,89 +94,150 @@ def attend(
     Raises:
         ValueError: what this backend cannot do, and what to use instead.
     """
-    _refuse_unsupported(page_table, options)
+    _refuse_unsupported(page_table, kv_pages, options)
     num_tokens, heads, head_dim = q.shape
     kv_heads, page_size = k.shape[1], kv_pages.shape[2]
     group = heads // kv_heads
     if tiling is None:
         tiling = Tiling.choose(num_tokens, group, kv_heads, page_size, options.decode_only)
+    num_rows, lanes = page_rows(kv_heads, head_dim)
+    sequence, position, is_real = token_positions(seq_lens, query_starts, num_tokens)
     new = jnp.stack(
         [
             to_cache_dtype(k, options.k_scale, kv_pages.dtype),
             to_cache_dtype(v, options.v_scale, kv_pages.dtype),
         ],
         axis=2,
-    ).reshape(num_tokens, 2 * kv_heads, head_dim)
+    )
 
     per_head = [x for x in (options.sinks, options.alibi_slopes) if x is not None]
     scales = [jnp.float32(1) if x is None else x for x in (options.k_scale, options.v_scale)]
-    rows = group * tiling.queries
-    tile_shape = (tiling.queries, heads, head_dim)
-    compute_dtype = _compute_dtype(q.dtype, kv_pages.dtype)
     hbm = pl.BlockSpec(memory_space=pl.ANY)
     smem = pl.BlockSpec(memory_space=pltpu.SMEM)
+    lse_rows = num_tokens if options.return_lse else 1
     call = pl.pallas_call(
         functools.partial(_kernel, options=options, tiling=tiling, group=group),
         out_shape=(
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct(kv_pages.shape, kv_pages.dtype),
-            jax.ShapeDtypeStruct(
-                (num_tokens, heads, LANES) if options.return_lse else (1, 1, 1), jnp.float32
-            ),
+            jax.ShapeDtypeStruct((num_tokens, heads, lanes), q.dtype),
+            jax.ShapeDtypeStruct((*kv_pages.shape[:3], num_rows, lanes), kv_pages.dtype),
+            jax.ShapeDtypeStruct((lse_rows, heads, LANES), jnp.float32),
         ),
-        in_specs=[smem] * (5 + len(per_head)) + [hbm] * 3,
+        in_specs=[smem] * (5 + len(per_head)) + [hbm] * 4,
         out_specs=(hbm, hbm, hbm),
-        scratch_shapes=_Scratch(
-            kv_blocks=pltpu.VMEM((RING, tiling.keys, 2 * kv_heads, head_dim), kv_pages.dtype),
-            q_tiles=pltpu.VMEM((RING, *tile_shape), q.dtype),
-            queries=pltpu.VMEM((kv_heads, rows, head_dim), compute_dtype),
-            running_max=pltpu.VMEM((kv_heads, rows, 1), jnp.float32),
-            running_sum=pltpu.VMEM((kv_heads, rows, 1), jnp.float32),
-            acc=pltpu.VMEM((kv_heads, rows, head_dim), jnp.float32),
-            out_tile=pltpu.VMEM(tile_shape, q.dtype),
-            lse_tile=pltpu.VMEM(
-                (tiling.queries, heads, LANES) if options.return_lse else (1, 1, 1), jnp.float32
-            ),
-            kv_arrived=pltpu.SemaphoreType.DMA((RING,)),
-            q_arrived=pltpu.SemaphoreType.DMA((RING,)),
-            written=pltpu.SemaphoreType.DMA((2,)),
+        scratch_shapes=_scratch_shapes(
+            q.dtype, kv_pages.dtype, heads, group, num_rows, lanes, page_table.shape[1], tiling
         ),
-        input_output_aliases={7 + len(per_head): 1},
+        input_output_aliases={8 + len(per_head): 1},
         cost_estimate=_cost(q, kv_pages, page_table),
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=100 * 2**20),
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM_BYTES),
         name="ragged_paged_attention",
     )
-    out, kv_pages, lse = call(
+    out, pages, lse = call(
         jnp.asarray(layer, jnp.int32).reshape(1),
-        page_table.reshape(-1),
         seq_lens,
         query_starts,
+        page_table[sequence, jnp.where(is_real, position // page_size, 0)],
         jnp.stack(scales),
         *per_head,
-        q,
-        new,
-        kv_pages,
+        page_table[:, None],
+        _spread(q, kv_heads, lanes),
+        new.reshape(num_tokens, num_rows, lanes),
+        kv_pages.reshape(*kv_pages.shape[:3], num_rows, lanes),
     )
-    is_real = token_positions(seq_lens, query_starts, num_tokens)[2]
-    out = jnp.where(is_real[:, None, None], out, jnp.zeros((), out.dtype))
-    return out, kv_pages, lse[:, :, 0] if options.return_lse else jnp.zeros(q.shape[:2])
+    out = jnp.where(is_real[:, None, None], _gather(out, kv_heads, head_dim), jnp.zeros((), out.dtype))
+    return out, pages.reshape(kv_pages.shape), lse[:, :, 0] if options.return_lse else jnp.zeros(q.shape[:2])
 
 
-def _refuse_unsupported(page_table: jax.Array, options: AttentionOptions) -> None:
+def page_rows(kv_heads: int, head_dim: int) -> tuple[int, int]:
+    """How the keys and values of one token stand in a page: (rows, lanes).
+
+    Heads narrower than half a vector register stand side by side in rows of 128 lanes, so that no lane
+    of memory is wasted: hold the cache as [layers, pages, page_size, rows, lanes] and give the op
+    `kv_pages.reshape(..., 2 * kv_heads, head_dim)`. The reshapes there and here cancel; a cache that is
+    held otherwise is copied at every call. Where head_dim is no multiple of 128 and heads cannot be put
+    side by side, rows are [2 * kv_heads, head_dim], and the cache must be held row-major (as
+    `jax.experimental.layout.Layout((0, 1, 2, 3, 4))`) lest it be copied.
+    """
+    if LANES % (2 * head_dim) == 0 and (2 * kv_heads * head_dim) % LANES == 0:
+        return 2 * kv_heads * head_dim // LANES, LANES
+    return 2 * kv_heads, head_dim
+
+
+def _spread(q: jax.Array, kv_heads: int, lanes: int) -> jax.Array:
+    """Queries [T, heads, head_dim] at the lanes of their keys, [T, heads, lanes], with zeros elsewhere.
+
+    Times a row of the page this gives the product with the keys alone.
+    """
+    tokens, heads, head_dim = q.shape
+    side_by_side = max(1, lanes // (2 * head_dim))
+    if lanes == head_dim:
+        return q
+    q = q.reshape(tokens, kv_heads // side_by_side, side_by_side, heads // kv_heads, head_dim)
+    begins = [2 * head_dim * place for place in range(side_by_side)]
+    return jnp.stack(
+        [
+            jnp.pad(q[:, :, place], ((0, 0), (0, 0), (0, 0), (begin, lanes - begin - head_dim)))
+            for place, begin in enumerate(begins)
+        ],
+        axis=2,
+    ).reshape(tokens, heads, lanes)
+
+
+def _gather(out: jax.Array, kv_heads: int, head_dim: int) -> jax.Array:
+    """The inverse for outputs, which stand at the lanes of their values: [T, heads, head_dim]."""
+    tokens, heads, lanes = out.shape
+    side_by_side = max(1, lanes // (2 * head_dim))
+    if lanes == head_dim:
+        return out
+    out = out.reshape(tokens, kv_heads // side_by_side, side_by_side, heads // kv_heads, lanes)
+    begins = [2 * head_dim * place + head_dim for place in range(side_by_side)]
+    return jnp.stack(
+        [out[:, :, place, :, begin : begin + head_dim] for place, begin in enumerate(begins)], axis=2
+    ).reshape(tokens, heads, head_dim)
+
+
+def _scratch_shapes(
+    q_dtype: jnp.dtype,
+    cache_dtype: jnp.dtype,
+    heads: int,
+    group: int,
+    num_rows: int,
+    lanes: int,
+    pages_per_seq: int,
+    tiling: Tiling,
+) -> _Scratch:
+    kv_heads, rows = heads // group, group * tiling.queries
+    # 8-bit numbers are exact in bfloat16.
+    wide = jnp.float32 in (q_dtype, cache_dtype)
+    compute_dtype = jnp.dtype(jnp.float32 if wide else jnp.bfloat16)
+    return _Scratch(
+        tables=pltpu.SMEM((2, 1, pages_per_seq), jnp.int32),
+        kv_blocks=pltpu.VMEM((RING, tiling.keys, num_rows, lanes), cache_dtype),
+        q_tiles=pltpu.VMEM((RING, tiling.queries, heads, lanes), q_dtype),
+        queries=pltpu.VMEM((kv_heads, rows, lanes), compute_dtype),
+        running_max=pltpu.VMEM((kv_heads, rows, 1), jnp.float32),
+        running_sum=pltpu.VMEM((kv_heads, rows, 1), jnp.float32),
+        acc=pltpu.VMEM((kv_heads, rows, lanes), jnp.float32),
+        out_tile=pltpu.VMEM((tiling.queries, heads, lanes), q_dtype),
+        lse_tile=pltpu.VMEM((tiling.queries, heads, LANES), jnp.float32),
+        table_arrived=pltpu.SemaphoreType.DMA((2,)),
+        kv_arrived=pltpu.SemaphoreType.DMA((RING,)),
+        q_arrived=pltpu.SemaphoreType.DMA((RING,)),
+        written=pltpu.SemaphoreType.DMA((2,)),
+    )
+
+
+def _refuse_unsupported(page_table: jax.Array, kv_pages: jax.Array, options: AttentionOptions) -> None:
     if options.tree_mask is not None or options.span_ends is not None:
         name = "tree_mask" if options.span_ends is None else "span_ends"
         raise ValueError(f"the tpu backend has no {name}; use backend='xla'.")
-    if page_table.size * 4 > MAX_TABLE_BYTES:
+    if kv_pages.dtype == jnp.float16:
+        raise ValueError("the tpu backend has no float16 pages, as TPUs have no float16; use bfloat16.")
+    if page_table.shape[1] > MAX_PAGES_PER_SEQ:
         raise ValueError(
-            f"the page table {list(page_table.shape)} takes {page_table.size * 4} bytes, and the tpu backend "
-            f"has room for {MAX_TABLE_BYTES}; use larger pages, or fewer or shorter sequences."
+            f"the page table has {page_table.shape[1]} pages a sequence, and the tpu backend has room for "
+            f"{MAX_PAGES_PER_SEQ}; use larger pages."
         )
-
-
-def _compute_dtype(q_dtype: jnp.dtype, cache_dtype: jnp.dtype) -> jnp.dtype:
-    """What goes into the matrix unit: 8-bit numbers are exact in bfloat16."""
-    wide = jnp.float32 in (q_dtype, cache_dtype)
-    return jnp.dtype(jnp.float32 if wide else jnp.bfloat16)
 
 
 def _cost(q: jax.Array, kv_pages: jax.Array, page_table: jax.Array) -> pl.CostEstimate:
@@ -192,9 +254,25 @@ def _cost(q: jax.Array, kv_pages: jax.Array, page_table: jax.Array) -> pl.CostEs
     )
 
 
+def _by_row(block: jax.Array, dtype: jnp.dtype) -> list[jax.Array]:
+    """[keys, rows, lanes] to a [keys, lanes] of the given dtype for every row."""
+    keys, rows, lanes = block.shape
+    if dtype != jnp.bfloat16 or block.dtype != jnp.bfloat16 or rows % 16:
+        return list(jnp.swapaxes(block.astype(dtype), 0, 1))
+    # Two rows share a 32-bit word, and whole words are transposed at half the price; a bfloat16 is
+    # the upper half of the float32 that it stands for.
+    pairs = pltpu.bitcast(block.reshape(keys * rows, lanes), jnp.uint32).reshape(keys, rows // 2, lanes)
+    separate = []
+    for pair in jnp.swapaxes(pairs, 0, 1):
+        for bits in (pair << 16, pair & jnp.uint32(0xFFFF0000)):
+            separate.append(lax.bitcast_convert_type(bits, jnp.float32).astype(dtype))
+    return separate
+
+
 class _Scratch(NamedTuple):
     """Buffers and semaphores of the program; the opening of this file has their sizes."""
 
+    tables: Any
     kv_blocks: Any
     q_tiles: Any
     queries: Any
@@ -203,6 +281,7 @@ class _Scratch(NamedTuple):
     acc: Any
     out_tile: Any
     lse_tile: Any
+    table_arrived: Any
     kv_arrived: Any
     q_arrived: Any
     written: Any
@@ -233,9 +312,9 @@ class _Tile(NamedTuple):
 
 def _kernel(
     layer: Any,
-    page_table: Any,
     seq_lens: Any,
     query_starts: Any,
+    new_pages: Any,
     scales: Any,
     *refs: Any,
     options: AttentionOptions,
@@ -245,11 +324,11 @@ def _kernel(
     given = iter(refs)
     sinks = next(given) if options.sinks is not None else None
     slopes = next(given) if options.alibi_slopes is not None else None
-    q, new, _, out, pages, lse = (next(given) for _ in range(6))
+    page_table, q, new, _, out, pages, lse = (next(given) for _ in range(7))
     scratch = _Scratch(*given)
     program = _Program(
-        options, tiling, group, layer, page_table, seq_lens, query_starts, scales, sinks, slopes,
-        q, new, pages, out, lse, scratch,
+        options, tiling, group, layer, seq_lens, query_starts, new_pages, scales, sinks, slopes,
+        page_table, q, new, pages, out, lse, scratch,
     )  # fmt: skip
     program.write_new_tokens()
     program.attend()
@@ -263,12 +342,13 @@ class _Program:
     tiling: Tiling
     group: int
     layer: Any
-    page_table: Any
     seq_lens: Any
     query_starts: Any
+    new_pages: Any
     scales: Any
     sinks: Any
     slopes: Any
+    page_table: Any
     q: Any
     new: Any
     pages: Any
@@ -284,10 +364,9 @@ class _Program:
     def page_size(self) -> int:
         return self.pages.shape[2]
 
-    def page(self, seq: jax.Array, index: jax.Array) -> Any:
-        """The index-th page of a sequence, [page_size, 2 * kv_heads, head_dim] in HBM."""
-        pages_per_seq = self.page_table.shape[0] // self.num_seqs
-        return self.pages.at[self.layer[0], self.page_table[seq * pages_per_seq + index]]
+    def page(self, index: jax.Array) -> Any:
+        """A page of this layer, [page_size, rows, lanes] in HBM."""
+        return self.pages.at[self.layer[0], index]
 
     def write_new_tokens(self) -> None:
         """Starts a copy per page that new tokens fall into, and waits for all of them."""
@@ -301,7 +380,7 @@ class _Program:
                 position = context + row - begin
                 offset = lax.rem(position, self.page_size)
                 count = jnp.minimum(self.page_size - offset, end - row)
-                page = self.page(seq, lax.div(position, self.page_size))
+                page = self.page(self.new_pages[row])
                 pltpu.make_async_copy(
                     self.new.at[pl.ds(row, count)], page.at[pl.ds(offset, count)], arrived
                 ).start()
@@ -321,14 +400,14 @@ class _Program:
     def attend(self) -> None:
         """Computes every item, with the copies of the next ones under way."""
         first = self.first_item_of(self.next_sequence(jnp.int32(0)))
-        ahead = first
+        self.start_table_fetch(first.seq, jnp.int32(0))
+        ahead, table = first, jnp.int32(0)
         for slot in range(RING - 1):
-            self.start_fetch(ahead, jnp.int32(slot))
-            ahead = self.advance(ahead)
+            ahead, table = self.start_fetch(ahead, jnp.int32(slot), table)
 
         def step(carry: Any) -> Any:
-            item, ahead, slot, last_row, last_count = carry
-            self.start_fetch(ahead, lax.rem(slot + RING - 1, RING))
+            item, ahead, table, slot, last_row, last_count = carry
+            ahead, table = self.start_fetch(ahead, lax.rem(slot + RING - 1, RING), table)
             tile = self.tile(item)
             self.wait_for_fetch(item, tile, slot)
             heights = {1, self.tiling.queries}
@@ -342,9 +421,9 @@ class _Program:
             done = (following.seq != item.seq) | (following.row != item.row)
             last_row = jnp.where(done, item.row, last_row)
             last_count = jnp.where(done, tile.num_queries, last_count)
-            return following, self.advance(ahead), lax.rem(slot + 1, RING), last_row, last_count
+            return following, ahead, table, lax.rem(slot + 1, RING), last_row, last_count
 
-        start = (first, ahead, jnp.int32(0), jnp.int32(0), jnp.int32(0))
+        start = (first, ahead, table, jnp.int32(0), jnp.int32(0), jnp.int32(0))
         *_, last_row, last_count = lax.while_loop(lambda carry: carry[0].seq < self.num_seqs, step, start)
         self.wait_for_output(last_row, last_count)
 
@@ -402,8 +481,23 @@ class _Program:
     def _is_first(self, item: _Item, tile: _Tile) -> jax.Array:
         return item.block == lax.div(tile.key_begin, self.tiling.keys)
 
-    def start_fetch(self, item: _Item, slot: jax.Array) -> None:
-        """Starts the copies of the item's pages and, if it is its tile's first, of its queries."""
+    def _table_copy(self, seq: jax.Array, table: jax.Array) -> Any:
+        scratch = self.scratch
+        return pltpu.make_async_copy(
+            self.page_table.at[seq], scratch.tables.at[table], scratch.table_arrived.at[table]
+        )
+
+    def start_table_fetch(self, seq: jax.Array, table: jax.Array) -> None:
+        @pl.when(seq < self.num_seqs)
+        def _() -> None:
+            self._table_copy(seq, table).start()
+
+    def start_fetch(self, item: _Item, slot: jax.Array, table: jax.Array) -> tuple[_Item, jax.Array]:
+        """Starts the copies of the item's pages and, if it is its tile's first, of its queries.
+
+        `table` is where the page table of the item's sequence is or will be; returns the next item and
+        where its table will be.
+        """
         scratch = self.scratch
 
         @pl.when(item.seq < self.num_seqs)
@@ -411,18 +505,29 @@ class _Program:
             tile = self.tile(item)
             begin, end = self._page_range(item, tile)
             first_of_block = item.block * (self.tiling.keys // self.page_size)
+            is_first = self._is_first(item, tile)
+
+            @pl.when(is_first & (item.row == self.query_starts[item.seq]))
+            def _() -> None:
+                self._table_copy(item.seq, table).wait()
+                self.start_table_fetch(self.next_sequence(item.seq + 1), 1 - table)
+
+            @pl.when(is_first)
+            def _() -> None:
+                self._queries_copy(item, tile, slot).start()
 
             def fetch_page(index: jax.Array, _: None) -> None:
                 place = pl.ds((index - first_of_block) * self.page_size, self.page_size)
                 pltpu.make_async_copy(
-                    self.page(item.seq, index), scratch.kv_blocks.at[slot, place], scratch.kv_arrived.at[slot]
+                    self.page(scratch.tables[table, 0, index]),
+                    scratch.kv_blocks.at[slot, place],
+                    scratch.kv_arrived.at[slot],
                 ).start()
 
             lax.fori_loop(begin, end, fetch_page, None)
 
-            @pl.when(self._is_first(item, tile))
-            def _() -> None:
-                self._queries_copy(item, tile, slot).start()
+        following = self.advance(item)
+        return following, jnp.where(following.seq == item.seq, table, 1 - table)
 
     def _queries_copy(self, item: _Item, tile: _Tile, slot: jax.Array) -> Any:
         return pltpu.make_async_copy(
@@ -525,7 +630,7 @@ class _Program:
         rows, keys = self.group * height, self.tiling.keys
         precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
         self._clean_block(item, tile, slot)
-        block = jnp.swapaxes(scratch.kv_blocks[slot].astype(dtype), 0, 1)
+        block = _by_row(scratch.kv_blocks[slot], dtype)
 
         query = lax.broadcasted_iota(jnp.int32, (self.group, height, keys), 1).reshape(rows, keys)
         key = lax.broadcasted_iota(jnp.int32, (rows, keys), 1)
@@ -535,9 +640,9 @@ class _Program:
             visible &= distance < options.window
 
         for head in range(kv_heads):
-            keys_of_head, values_of_head = block[2 * head], block[2 * head + 1]
+            key_row, value_row = self._rows_of(head)
             logits = lax.dot_general(
-                scratch.queries[head, :rows], keys_of_head, (((1,), (1,)), ((), ())),
+                scratch.queries[head, :rows], block[key_row], (((1,), (1,)), ((), ())),
                 precision=precision, preferred_element_type=jnp.float32,
             )  # fmt: skip
             logits = options.cap(logits * (options.scale * self.scales[0]))
@@ -554,9 +659,19 @@ class _Program:
                 weights, axis=1, keepdims=True
             )
             partial = jnp.dot(
-                weights.astype(dtype), values_of_head, precision=precision, preferred_element_type=jnp.float32
+                weights.astype(dtype),
+                block[value_row],
+                precision=precision,
+                preferred_element_type=jnp.float32,
             )
             scratch.acc[head, :rows] = decay * scratch.acc[head, :rows] + partial
+
+    def _rows_of(self, kv_head: int) -> tuple[int, int]:
+        """The rows of a page that hold the head's keys and its values; see `page_rows`."""
+        kv_heads, num_rows = self.scratch.queries.shape[0], self.pages.shape[3]
+        if num_rows == 2 * kv_heads:
+            return 2 * kv_head, 2 * kv_head + 1
+        return kv_head * num_rows // kv_heads, kv_head * num_rows // kv_heads
 
     def _finish_tile(self, height: int) -> None:
         scratch = self.scratch

@@ -52,6 +52,9 @@ CASES = {
     "page of sixteen, block of two pages": Case(RAGGED, page_size=16, keys=32),
     "block of one page": Case(RAGGED, keys=8),
     "one block for all": Case(RAGGED, keys=64),
+    "head_dim 64, keys and values side by side": Case(RAGGED, head_dim=64),
+    "head_dim 32, two heads side by side": Case(RAGGED, heads=8, kv_heads=4, head_dim=32),
+    "head_dim 128": Case(RAGGED, head_dim=128),
     "window": Case(RAGGED, options={"window": 11}),
     "window of one": Case(RAGGED, options={"window": 1}),
     "soft cap": Case(RAGGED, logit_size=4.0, options={"soft_cap": 3.0}),
@@ -73,6 +76,8 @@ CASES = {
     "nothing": Case(((0, 0), (0, 0)), padding=5),
     "nothing to decode": Case(((0, 0), (0, 0)), decode_only=True, padding=2),
     "bfloat16": Case(RAGGED, dtype="bfloat16"),
+    "bfloat16, eight key-value heads": Case(RAGGED, heads=8, kv_heads=8, dtype="bfloat16"),
+    "bfloat16 decodes, head_dim 64": Case(DECODES, head_dim=64, decode_only=True, padding=0, dtype="bfloat16"),
     "bfloat16 decodes": Case(DECODES, decode_only=True, padding=0, dtype="bfloat16"),
     "int8 pages": Case(RAGGED, cache_dtype="int8", options={"k_scale": 0.03, "v_scale": 0.02}),
     "float8 pages": Case(
