@@ -98,6 +98,19 @@ def test_whatever_the_lengths(
 
 
 @on_every_backend
+def test_edges_of_trees(backend: BackendUnderTest) -> None:
+    """As many new tokens as the mask is wide, one more, and queries that see nothing at all."""
+    shape = PROPERTY_SHAPES["trees"]
+    if backend.refuses(shape) is None:
+        batch = random_batch(shape, 0, 1.0, [(10, 5), (10, 6), (0, 4), (0, 1)])
+        assert batch.tree_mask is not None
+        tree_mask = batch.tree_mask.copy()
+        tree_mask[batch.query_starts[2] :] = False
+        batch = replace(batch, tree_mask=tree_mask)
+        check(batch, shape, *backend.run(batch, shape))
+
+
+@on_every_backend
 @pytest.mark.parametrize("decode_only", [False, True])
 def test_empty_batch_leaves_the_cache_alone(backend: BackendUnderTest, decode_only: bool) -> None:
     shape = replace(SHAPES["decodes"], decode_only=decode_only)
