@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # "X as X" marks an export for type checkers
     from jaxllm.llm import LLM as LLM
     from jaxllm.outputs import CompletionOutput as CompletionOutput
     from jaxllm.outputs import RequestOutput as RequestOutput
+    from jaxllm.request import SchedulingTerms as SchedulingTerms
     from jaxllm.sampling_params import BeamSearchParams as BeamSearchParams
     from jaxllm.sampling_params import RequestOutputKind as RequestOutputKind
     from jaxllm.sampling_params import SamplingParams as SamplingParams
@@ -23,6 +24,7 @@ _EXPORTS = {
     "SamplingParams": "jaxllm.sampling_params",
     "BeamSearchParams": "jaxllm.sampling_params",
     "RequestOutputKind": "jaxllm.sampling_params",
+    "SchedulingTerms": "jaxllm.request",
     "RequestOutput": "jaxllm.outputs",
     "CompletionOutput": "jaxllm.outputs",
     "TextPrompt": "jaxllm.inputs",

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from jaxllm.errors import EngineDeadError, JaxLLMError
 from jaxllm.outputs import CompletionOutput, RequestOutput
+from jaxllm.request import NO_TERMS, SchedulingTerms
 from jaxllm.sampling_params import RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
@@ -170,7 +171,7 @@ class AsyncEngine:
         sampling_params: SamplingParams,
         request_id: str,
         *,
-        priority: int = 0,
+        terms: SchedulingTerms = NO_TERMS,
         cache_salt: str | None = None,
     ) -> AsyncIterator[RequestOutput]:
         """Yield the outputs of one request; leaving the iteration early aborts it.
@@ -178,7 +179,7 @@ class AsyncEngine:
         Args:
             prompt: text, token ids, `TextPrompt` or `TokensPrompt`.
             request_id: unique among unfinished requests.
-            priority: lower is served first, under the `priority` policy.
+            terms: how the request wants to be scheduled.
             cache_salt: shares cached prefixes only with requests of the same salt.
 
         Raises:
@@ -186,7 +187,7 @@ class AsyncEngine:
             EngineDeadError: the engine stopped, before or meanwhile.
         """
         processed = await self.process(
-            request_id, prompt, sampling_params, priority=priority, cache_salt=cache_salt
+            request_id, prompt, sampling_params, terms=terms, cache_salt=cache_salt
         )
         stream = self.submit(request_id, processed, sampling_params.output_kind)
         try:
@@ -201,7 +202,7 @@ class AsyncEngine:
         prompt: Any,
         sampling_params: SamplingParams,
         *,
-        priority: int = 0,
+        terms: SchedulingTerms = NO_TERMS,
         cache_salt: str | None = None,
     ) -> ProcessedInput:
         """Tokenize and validate a prompt, off the event loop, without submitting it."""
@@ -211,7 +212,7 @@ class AsyncEngine:
             request_id,
             prompt,
             sampling_params,
-            priority=priority,
+            terms=terms,
             arrival_time=arrival_time,
             cache_salt=cache_salt,
         )

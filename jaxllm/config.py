@@ -92,6 +92,7 @@ class EngineConfig:
     enable_chunked_prefill: bool = True
     long_prefill_token_threshold: int = 0
     scheduling_policy: str = "fcfs"
+    scheduling_config: dict[str, Any] = field(default_factory=dict)
     async_scheduling: bool = True
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1

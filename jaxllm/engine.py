@@ -23,7 +23,7 @@ from jaxllm.models.families import translate_config
 from jaxllm.models.hub import read_config, read_generation_config, resolve_model
 from jaxllm.output_processor import OutputProcessor
 from jaxllm.outputs import RequestOutput
-from jaxllm.request import Request, RequestStatus
+from jaxllm.request import NO_TERMS, Request, RequestStatus, SchedulingTerms
 from jaxllm.sampling_params import SamplingParams
 from jaxllm.scheduling import Scheduler, load_policy
 from jaxllm.scheduling.plan import Plan, RequestUpdate
@@ -71,7 +71,7 @@ class Engine:
             ConfigError, UnsupportedError, ModelNotFoundError, CheckpointError, InsufficientMemoryError:
                 what their names say, with what to do about it.
         """
-        policy = load_policy(config.scheduling_policy)
+        policy = load_policy(config.scheduling_policy, config.scheduling_config)
         path = resolve_model(config.model, config.revision, config.download_dir)
         model_config = translate_config(read_config(path), config.hf_overrides)
         if config.disable_sliding_window:
@@ -148,7 +148,7 @@ class Engine:
         prompt: PromptType,
         params: SamplingParams,
         *,
-        priority: int = 0,
+        terms: SchedulingTerms = NO_TERMS,
         arrival_time: float | None = None,
     ) -> None:
         """Checks and takes in a user's request.
@@ -157,7 +157,7 @@ class Engine:
             InvalidRequestError: it cannot be served as it stands.
         """
         processed = self.input_processor.process(
-            request_id, prompt, params, priority=priority, arrival_time=arrival_time
+            request_id, prompt, params, terms=terms, arrival_time=arrival_time
         )
         self.submit(processed.requests, processed.prompt)
 

@@ -17,8 +17,9 @@ from jaxllm.config import EngineConfig
 from jaxllm.errors import ConfigError, InvalidRequestError
 from jaxllm.inputs import PromptType, split_prompt
 from jaxllm.models.config import ModelConfig
-from jaxllm.request import Request
+from jaxllm.request import NO_TERMS, Request, SchedulingTerms
 from jaxllm.sampling_params import RequestOutputKind, SamplingParams, eos_token_ids_of
+from jaxllm.scheduling.policies import terms_of
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +87,8 @@ class InputProcessor:
         self.max_model_len = engine_config.max_model_len
         self._vocab_size = model_config.vocab_size
         self._max_logprobs = engine_config.max_logprobs
-        self._ignores_priority = engine_config.scheduling_policy == "fcfs"
+        self._policy = engine_config.scheduling_policy
+        self._policy_terms = terms_of(self._policy)
         self._generation_config = _load_generation_config(engine_config, generation_config)
         self.default_sampling_params = _sampling_defaults(engine_config, self._generation_config)
         self._check_sampling_defaults()
@@ -114,7 +116,7 @@ class InputProcessor:
         prompt: PromptType,
         params: SamplingParams,
         *,
-        priority: int = 0,
+        terms: SchedulingTerms = NO_TERMS,
         arrival_time: float | None = None,
         cache_salt: str | None = None,
         final_only: bool = False,
@@ -123,7 +125,7 @@ class InputProcessor:
 
         Args:
             request_id: with n > 1, the requests are called `0_<request_id>`, `1_<request_id>`, ...
-            priority: lower is served first under the `priority` policy.
+            terms: how the request wants to be scheduled.
             arrival_time: in seconds of `time.monotonic()`; None is now.
             cache_salt: as in the prompt's own `cache_salt`, which goes before this.
             final_only: one output at the end, whatever `params.output_kind` says.
@@ -136,14 +138,7 @@ class InputProcessor:
                 f"sampling_params must be a SamplingParams; got {type(params).__name__}.",
                 param="sampling_params",
             )
-        if type(priority) is not int:
-            raise InvalidRequestError(f"priority must be an integer; got {priority!r}.", param="priority")
-        if priority and self._ignores_priority:
-            raise InvalidRequestError(
-                f"priority={priority} has no effect under the fcfs policy; leave it out, or start the engine "
-                'with scheduling_policy="priority".',
-                param="priority",
-            )
+        self._check_terms(terms)
         text, given_ids, own_salt = split_prompt(prompt)
         params = self._prepare_params(params)
         if final_only:
@@ -163,7 +158,7 @@ class InputProcessor:
                 eos_token_ids=self._eos_token_ids,
                 max_tokens=max_tokens,
                 seed=seed,
-                priority=priority,
+                terms=terms,
                 cache_salt=own_salt if own_salt is not None else cache_salt,
                 group_id=None if params.n == 1 else request_id,
                 needs_host_tokens=params.bad_words_token_ids is not None,
@@ -171,6 +166,18 @@ class InputProcessor:
             for i, seed in enumerate(self._draw_seeds(params))
         ]
         return ProcessedInput(requests, text)
+
+    def _check_terms(self, terms: SchedulingTerms) -> None:
+        """Refuse what the policy would not look at."""
+        if self._policy_terms is None:
+            return
+        for name, value in terms.given().items():
+            if name not in self._policy_terms:
+                raise InvalidRequestError(
+                    f"{name}={value!r} has no effect under the scheduling policy {self._policy!r}; leave it "
+                    "out, or start the engine with a scheduling_policy that goes by it.",
+                    param=name,
+                )
 
     def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The token ids of a text.

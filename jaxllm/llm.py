@@ -18,7 +18,7 @@ from jaxllm.inputs import PromptType, TokensPrompt, as_prompt_list
 from jaxllm.models.config import ModelConfig
 from jaxllm.outputs import RequestOutput
 from jaxllm.progress import SpeedDisplay, interrupt_between_steps, progress_bar
-from jaxllm.request import Request
+from jaxllm.request import NO_TERMS, Request, SchedulingTerms
 from jaxllm.sampling_params import BeamSearchParams, SamplingParams
 from jaxllm.stats import Metric, snapshot_metrics
 from jaxllm.text.chat_template import ContentFormat, render_chat
@@ -101,6 +101,7 @@ class LLM:
         use_tqdm: UseTqdm = True,
         lora_request: None = None,
         priority: int | Sequence[int] | None = None,
+        scheduling_terms: SchedulingTerms | Sequence[SchedulingTerms] | None = None,
         tokenization_kwargs: None = None,
         mm_processor_kwargs: None = None,
     ) -> list[RequestOutput]:
@@ -112,6 +113,8 @@ class LLM:
             use_tqdm: show progress; a callable makes the bar in place of `tqdm`.
             priority: one for all, or one for each prompt; lower is served first under
                 `scheduling_policy="priority"`.
+            scheduling_terms: one for all, or one for each prompt: tenant and objectives, for the policies
+                that go by them; holds the priority, too.
             lora_request, tokenization_kwargs, mm_processor_kwargs: not served yet.
 
         Returns:
@@ -122,7 +125,9 @@ class LLM:
         """
         _refuse_options(lora_request, tokenization_kwargs, mm_processor_kwargs)
         with self._lock:
-            return self._run(self._submit(as_prompt_list(prompts), sampling_params, priority), use_tqdm)
+            each = as_prompt_list(prompts)
+            terms = _terms_of_each(priority, scheduling_terms, len(each))
+            return self._run(self._submit(each, sampling_params, terms), use_tqdm)
 
     def enqueue(
         self,
@@ -133,6 +138,7 @@ class LLM:
         use_tqdm: UseTqdm = True,
         tokenization_kwargs: None = None,
         mm_processor_kwargs: None = None,
+        scheduling_terms: SchedulingTerms | Sequence[SchedulingTerms] | None = None,
     ) -> list[str]:
         """Hand prompts to the engine without waiting; `wait_for_completion` runs them.
 
@@ -140,7 +146,9 @@ class LLM:
         """
         _refuse_options(lora_request, tokenization_kwargs, mm_processor_kwargs)
         with self._lock:
-            request_ids = self._submit(as_prompt_list(prompts), sampling_params, priority)
+            each = as_prompt_list(prompts)
+            terms = _terms_of_each(priority, scheduling_terms, len(each))
+            request_ids = self._submit(each, sampling_params, terms)
             self._enqueued += request_ids
             return request_ids
 
@@ -169,6 +177,7 @@ class LLM:
         chat_template_kwargs: dict[str, Any] | None = None,
         tokenization_kwargs: None = None,
         mm_processor_kwargs: None = None,
+        scheduling_terms: SchedulingTerms | Sequence[SchedulingTerms] | None = None,
     ) -> list[RequestOutput]:
         """Answer a conversation, or each of several.
 
@@ -208,7 +217,8 @@ class LLM:
             token_ids = processor.tokenize(text, add_special_tokens=False)
             prompts.append({"prompt": text, "prompt_token_ids": token_ids})
         with self._lock:
-            return self._run(self._submit(prompts, sampling_params, priority), use_tqdm)
+            terms = _terms_of_each(priority, scheduling_terms, len(prompts))
+            return self._run(self._submit(prompts, sampling_params, terms), use_tqdm)
 
     def beam_search(
         self,
@@ -255,7 +265,9 @@ class LLM:
                         {"prompt_token_ids": tokens, "cache_salt": batch[i].cache_salt}
                         for i, tokens in continued
                     ]
-                    results = self._run(self._submit(prompts, one_token, None), use_tqdm=False)
+                    results = self._run(
+                        self._submit(prompts, one_token, [NO_TERMS] * len(prompts)), use_tqdm=False
+                    )
                     return [beams.candidates_of(result, one_token) for result in results]
 
                 outputs += beams.beam_search(
@@ -333,22 +345,19 @@ class LLM:
         self,
         prompts: Sequence[PromptType],
         params: SamplingParams | Sequence[SamplingParams] | None,
-        priority: int | Sequence[int] | None,
+        each_terms: Sequence[SchedulingTerms],
     ) -> list[str]:
         """Give all prompts to the engine, or none of them where one cannot be served."""
         engine = self.llm_engine
         if params is None:
             params = self.get_default_sampling_params()
         each_params = _one_for_each("sampling_params", params, len(prompts))
-        each_priority = _one_for_each("priority", 0 if priority is None else priority, len(prompts))
         request_ids = [str(self._next_id + i) for i in range(len(prompts))]
         self._next_id += len(prompts)
         processed = [
-            engine.input_processor.process(
-                request_id, prompt, own_params, priority=own_priority, final_only=True
-            )
-            for request_id, prompt, own_params, own_priority in zip(
-                request_ids, prompts, each_params, each_priority, strict=True
+            engine.input_processor.process(request_id, prompt, own_params, terms=own_terms, final_only=True)
+            for request_id, prompt, own_params, own_terms in zip(
+                request_ids, prompts, each_params, each_terms, strict=True
             )
         ]
         submitted: list[str] = []
@@ -412,6 +421,22 @@ def _one_for_each(name: str, value: _T | Sequence[_T], count: int) -> Sequence[_
             )
         return value
     return [cast(_T, value)] * count
+
+
+def _terms_of_each(
+    priority: int | Sequence[int] | None,
+    terms: SchedulingTerms | Sequence[SchedulingTerms] | None,
+    count: int,
+) -> Sequence[SchedulingTerms]:
+    """The scheduling terms of each prompt, in whichever way a call states them."""
+    if terms is None:
+        priorities = _one_for_each("priority", 0 if priority is None else priority, count)
+        return [SchedulingTerms(priority=each) for each in priorities]
+    if priority is not None:
+        raise InvalidRequestError(
+            "priority and scheduling_terms are both given; put the priority into the terms.", param="priority"
+        )
+    return _one_for_each("scheduling_terms", terms, count)
 
 
 def _as_conversations(

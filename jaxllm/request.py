@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
 
+from jaxllm.errors import InvalidRequestError
 from jaxllm.sampling_params import SamplingParams
 
 
@@ -33,6 +35,48 @@ class RequestStatus(enum.Enum):
 _FINISHED = frozenset(s for s in RequestStatus if s.name.startswith("FINISHED"))
 
 
+@dataclass(frozen=True, slots=True)
+class SchedulingTerms:
+    """How a request wants to be served. Which of it counts is up to the scheduling policy.
+
+    Attributes:
+        priority: lower is more urgent.
+        tenant: who is served.
+        ttft_objective: seconds after the arrival by which the first token is wanted.
+        tpot_objective: seconds within which each further token is wanted.
+
+    Raises:
+        InvalidRequestError: a value of the wrong type or out of range.
+    """
+
+    priority: int = 0
+    tenant: str = ""
+    ttft_objective: float | None = None
+    tpot_objective: float | None = None
+
+    def __post_init__(self) -> None:
+        if type(self.priority) is not int:
+            raise InvalidRequestError(
+                f"priority must be an integer; got {self.priority!r}.", param="priority"
+            )
+        if not isinstance(self.tenant, str):
+            raise InvalidRequestError(f"tenant must be a string; got {self.tenant!r}.", param="tenant")
+        for name in ("ttft_objective", "tpot_objective"):
+            value = getattr(self, name)
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if value is not None and not (is_number and 0 < value < math.inf):
+                raise InvalidRequestError(
+                    f"{name} must be a number of seconds above 0; got {value!r}.", param=name
+                )
+
+    def given(self) -> dict[str, object]:
+        """What differs from saying nothing."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+
+
+NO_TERMS = SchedulingTerms()
+
+
 @dataclass(eq=False, slots=True)
 class Request:
     """One sequence to complete. A user's request with `n > 1` becomes n of these.
@@ -47,7 +91,7 @@ class Request:
         max_tokens: output tokens allowed, already capped by the room left in max_model_len.
         seed: seed of this sequence's random draws; a draw depends on it and on the position alone,
             so that batching and preemption do not change what is sampled.
-        priority: lower is served first under the `priority` policy.
+        terms: how it wants to be scheduled.
         cache_salt: requests share cached pages only with requests of the same salt.
         group_id: common to the n sequences of one user request, which share prompt pages
             even where prefix caching is off; None where n is 1.
@@ -71,7 +115,7 @@ class Request:
     eos_token_ids: frozenset[int] = frozenset()
     max_tokens: int = 16
     seed: int = 0
-    priority: int = 0
+    terms: SchedulingTerms = NO_TERMS
     cache_salt: str | None = None
     group_id: str | None = None
     needs_host_tokens: bool = False

@@ -18,6 +18,7 @@ from jaxllm.errors import ConfigError, InvalidRequestError
 from jaxllm.input_processor import MAX_BAD_WORDS, InputProcessor
 from jaxllm.inputs import as_prompt_list, split_prompt
 from jaxllm.models.config import ModelConfig
+from jaxllm.request import SchedulingTerms
 from jaxllm.sampling_params import RequestOutputKind, SamplingParams
 
 MAX_MODEL_LEN = 64
@@ -389,10 +390,25 @@ def test_without_a_tokenizer_text_is_refused_and_ids_are_served() -> None:
 
 def test_priority(tokenizer: PreTrainedTokenizerFast) -> None:
     by_priority = make(tokenizer, scheduling_policy="priority")
-    assert by_priority.process("r", [1], SamplingParams(), priority=-3).requests[0].priority == -3
-    refused(make(tokenizer), [1], "no effect under the fcfs policy", "priority", priority=1)
-    for wrong in (1.0, "1", True, math.nan):
-        refused(by_priority, [1], "priority must be an integer", "priority", priority=wrong)
+    terms = SchedulingTerms(priority=-3)
+    assert by_priority.process("r", [1], SamplingParams(), terms=terms).requests[0].terms == terms
+    refused(make(tokenizer), [1], "no effect under the scheduling policy 'fcfs'", "priority", terms=terms)
+    refused(by_priority, [1], "tenant='a' has no effect", "tenant", terms=SchedulingTerms(tenant="a"))
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "message"),
+    [
+        *[("priority", wrong, "must be an integer") for wrong in (1.0, "1", True, math.nan)],
+        ("tenant", None, "must be a string"),
+        *[("ttft_objective", wrong, "seconds above 0") for wrong in (0, -1.0, math.inf, math.nan, True, "1")],
+        ("tpot_objective", 0.0, "seconds above 0"),
+    ],
+)
+def test_terms_are_checked(name: str, wrong: object, message: str) -> None:
+    with pytest.raises(InvalidRequestError, match=message) as caught:
+        SchedulingTerms(**{name: wrong})  # type: ignore[arg-type]
+    assert caught.value.param == name
 
 
 def test_the_processor_wants_a_resolved_config(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from jaxllm.scheduling.block_pool import NULL_PAGE, BlockPool, IntegrityError
 from jaxllm.scheduling.plan import Plan, RequestUpdate, ScheduledRequest, StepResult, TokenLogprobs
-from jaxllm.scheduling.policy import (
-    BudgetSplit,
-    FirstComeFirstServed,
-    Priority,
-    RequestView,
-    SchedulingPolicy,
-    StepView,
-    load_policy,
-)
+from jaxllm.scheduling.policies import load_policy
+from jaxllm.scheduling.policies.order import FirstComeFirstServed, Priority
+from jaxllm.scheduling.policy import BudgetSplit, SchedulingPolicy
 from jaxllm.scheduling.prefix_cache import PageHasher
 from jaxllm.scheduling.scheduler import Scheduler
+from jaxllm.scheduling.views import RequestView, StepView
 
 __all__ = [
     "NULL_PAGE",

@@ -17,10 +17,13 @@ from jaxllm.scheduling.checks import (
     check_request,
     check_result,
 )
+from jaxllm.scheduling.guard import PolicyGuard
 from jaxllm.scheduling.plan import Plan, RequestUpdate, ScheduledRequest, StepResult
-from jaxllm.scheduling.policy import PolicyGuard, RequestView, SchedulingPolicy, StepView, load_policy
+from jaxllm.scheduling.policies import load_policy
+from jaxllm.scheduling.policy import SchedulingPolicy
 from jaxllm.scheduling.prefix_cache import PageHasher
 from jaxllm.scheduling.sequence import ScheduledSequence, WaitingQueue, ceil_div
+from jaxllm.scheduling.views import RequestView, StepView
 
 _by_key = attrgetter("key")
 
@@ -35,10 +38,14 @@ class _Step:
         computing: digests of the known pages that this plan computes, whole or in part.
         num_reserved_pages: pages that running sequences still need for tokens that exist already.
         preempted: whether somebody lost its pages for this plan.
+        declined: whether the policy kept something back that could be computed.
+        follows_policy: whether the policy is asked what to keep back.
     """
 
     __slots__ = (
         "computing",
+        "declined",
+        "follows_policy",
         "num_reserved_pages",
         "num_tokens_left",
         "preempted",
@@ -53,6 +60,8 @@ class _Step:
         self.computing: set[bytes] = set()
         self.num_reserved_pages = 0
         self.preempted = False
+        self.declined = False
+        self.follows_policy = True
 
 
 class Scheduler:
@@ -157,6 +166,7 @@ class Scheduler:
         )
         sequence = ScheduledSequence(
             request,
+            find_prefix=self._count_prefix_tokens,
             order=self._next_order,
             max_length=max_length,
             hasher=hasher,
@@ -165,6 +175,7 @@ class Scheduler:
         )
         self._next_order += 1
         self._sequences[request.request_id] = sequence
+        self._policy.on_arrival(sequence.view)
         self._enqueue(sequence)
 
     def finish(self, request: Request, status: RequestStatus, stop_reason: int | str | None = None) -> None:
@@ -198,6 +209,7 @@ class Scheduler:
         request.num_pending_tokens = 0
         request.status = status
         request.stop_reason = stop_reason
+        self._policy.on_finish(sequence.view)
 
     def _release(self, sequence: ScheduledSequence) -> None:
         """Take the pages of a sequence that stops running."""
@@ -228,13 +240,20 @@ class Scheduler:
             self._renew_ranks()
         num_tokens = self.config.max_num_batched_tokens
         step = _Step(num_tokens)
-        split = self._policy.split_budget(StepView(num_tokens, self._view_running, self._view_waiting))
+        for view in self._policy.preempt(self._view_step()):
+            self._preempt(self._sequences[view.request_id])
+        split = self._policy.split_budget(self._view_step())
         self._schedule_running(step, split.running)
         # Whoever has just lost its pages would take them back.
         if not step.preempted:
             self._schedule_waiting(step, split.waiting)
-        if not step.scheduled and (step.preempted or min(split) < num_tokens):
+        if (
+            not step.scheduled
+            and not self._in_flight
+            and (step.preempted or step.declined or min(split) < num_tokens)
+        ):
             # The policy's choices left nothing to do; what can be done is done all the same.
+            step.follows_policy = False
             self._schedule_running(step, num_tokens)
             self._schedule_waiting(step, num_tokens)
         if not step.scheduled:
@@ -259,6 +278,16 @@ class Scheduler:
         self._running.sort(key=_by_key)
         self._waiting.rebuild(list(self._waiting))
 
+    def _view_step(self) -> StepView:
+        return StepView(
+            self.config.max_num_batched_tokens,
+            self.config.max_num_seqs - len(self._running),
+            self._pool.num_free_pages,
+            self._page_size,
+            self._view_running,
+            self._view_waiting,
+        )
+
     def _view_running(self) -> Sequence[RequestView]:
         return tuple(sequence.view for sequence in self._running)
 
@@ -276,6 +305,7 @@ class Scheduler:
                 # A long prompt leaves a token for everybody behind it.
                 available = min(limit, step.num_tokens_left) - (len(running) - 1 - index)
                 num_tokens = self._chunk(num_tokens, max(available, 1))
+            num_tokens = self._ask_chunk(step, sequence, num_tokens)
             if num_tokens == 0:
                 index += 1
             elif self._make_room(step, index, num_tokens):
@@ -316,6 +346,10 @@ class Scheduler:
             if sequence.request.num_pending_tokens:
                 held.append(sequence)
                 continue
+            if step.follows_policy and not self._policy.admit(sequence.view):
+                step.declined = True
+                held.append(sequence)
+                continue
             digests = self._wanted_digests(sequence)
             pages = self._pool.find_prefix(digests)
             if self._awaits_page(sequence, digests[len(pages) :], len(pages), step.computing):
@@ -326,6 +360,10 @@ class Scheduler:
             if num_tokens == 0 or not self._fits(sequence.request, pages, step.num_reserved_pages):
                 held.append(sequence)
                 break
+            num_tokens = self._ask_chunk(step, sequence, num_tokens)
+            if num_tokens == 0:
+                held.append(sequence)
+                continue
             self._admit(sequence, pages, num_tokens)
             self._take(step, sequence, num_tokens)
             limit -= num_tokens
@@ -340,6 +378,20 @@ class Scheduler:
         if threshold:
             available = min(available, threshold)
         return min(num_tokens, available)
+
+    def _ask_chunk(self, step: _Step, sequence: ScheduledSequence, num_tokens: int) -> int:
+        """How many of `num_tokens` the policy wants to compute now."""
+        if not step.follows_policy:
+            return num_tokens
+        wanted = self._policy.chunk_size(sequence.view, num_tokens)
+        if wanted < num_tokens and not self.config.enable_chunked_prefill:
+            wanted = 0
+        step.declined |= wanted < num_tokens
+        return wanted
+
+    def _count_prefix_tokens(self, sequence: ScheduledSequence) -> int:
+        """Tokens of a waiting sequence that the prefix cache holds now."""
+        return len(self._pool.find_prefix(self._wanted_digests(sequence))) * self._page_size
 
     def _wanted_digests(self, sequence: ScheduledSequence) -> list[bytes]:
         """Digests of the pages that a waiting sequence may take from the prefix cache.
@@ -388,6 +440,7 @@ class Scheduler:
                 self.prefix_cache_queries += len(request.token_ids)
                 self.prefix_cache_hits += num_found
         request.status = RequestStatus.RUNNING
+        self._policy.on_admission(sequence.view, num_found)
         insort(self._running, sequence, key=_by_key)
 
     def _take(self, step: _Step, sequence: ScheduledSequence, num_tokens: int) -> None:
@@ -409,6 +462,7 @@ class Scheduler:
             size = self._page_size
             known = sequence.hasher.digests[start // size : ceil_div(end, size)]
             step.computing.update(known)
+        self._policy.on_progress(sequence.view, num_tokens)
 
     def _register_pages(self, sequence: ScheduledSequence) -> None:
         """Let later plans find the full pages whose tokens the host knows."""

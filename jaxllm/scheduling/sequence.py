@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from heapq import heapify, heappop, heappush
 
 from jaxllm.request import Request
 from jaxllm.scheduling.plan import TokenLogprobs
-from jaxllm.scheduling.policy import RequestView
 from jaxllm.scheduling.prefix_cache import PageHasher
 from jaxllm.scheduling.stops import StopChecker
+from jaxllm.scheduling.views import RequestView
 
 
 def ceil_div(numerator: int, denominator: int) -> int:
@@ -22,6 +23,7 @@ class ScheduledSequence:
 
     Args:
         request: the request.
+        find_prefix: counts the tokens of a sequence that the prefix cache holds.
         order: counts up over the requests that were added.
         max_length: prompt and output tokens at which the request ends.
         hasher: names its pages, or None where its pages are not shared.
@@ -59,6 +61,7 @@ class ScheduledSequence:
         self,
         request: Request,
         *,
+        find_prefix: Callable[[ScheduledSequence], int],
         order: int,
         max_length: int,
         hasher: PageHasher | None,
@@ -71,7 +74,7 @@ class ScheduledSequence:
         self.hasher = hasher
         self.reads_cache = reads_cache
         self.overlaps = overlaps
-        self.view = RequestView(request)
+        self.view = RequestView(request, functools.partial(find_prefix, self))
         self.stops = StopChecker(request, max_length)
         self.key: tuple[tuple[float, ...], int] = ((), order)
         self.num_registered_pages = 0

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from jaxllm.errors import InvalidRequestError, UnsupportedError
+from jaxllm.request import SchedulingTerms
 from jaxllm.sampling_params import RepetitionDetectionParams, RequestOutputKind, SamplingParams
 
 MAX_STOP_STRINGS = 4
@@ -122,6 +123,9 @@ class GenerationRequest(Body):
     repetition_detection: RepetitionDetection | None = None
     skip_reading_prefix_cache: bool | None = None
     priority: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
+    tenant: Annotated[str, Field(max_length=256)] = ""
+    ttft_objective: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    tpot_objective: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     request_id: Annotated[str, Field(min_length=1, max_length=256)] = Field(
         default_factory=lambda: uuid.uuid4().hex
     )
@@ -170,6 +174,10 @@ class GenerationRequest(Body):
     def num_completions(self) -> int:
         """`n`, where null means 1."""
         return 1 if self.n is None else self.n
+
+    def scheduling_terms(self) -> SchedulingTerms:
+        """How the request wants to be scheduled."""
+        return SchedulingTerms(self.priority, self.tenant, self.ttft_objective, self.tpot_objective)
 
     def output_limit(self) -> int | None:
         """Output tokens asked for; None is what the context has room for."""
@@ -257,6 +265,10 @@ class CompletionRequest(GenerationRequest):
         """Whether only the prompt is wanted back."""
         return bool(self.echo) and self.max_tokens == 0
 
+    def scheduling_terms(self) -> SchedulingTerms:
+        """How the request wants to be scheduled."""
+        return SchedulingTerms(self.priority, self.tenant, self.ttft_objective, self.tpot_objective)
+
     def output_limit(self) -> int | None:
         """Output tokens asked for; the engine makes at least one, which an echo then drops."""
         return 1 if self.echo_only else self.max_tokens
@@ -305,6 +317,10 @@ class ChatCompletionRequest(GenerationRequest):
                 )
             self.add_generation_prompt = False
         return self
+
+    def scheduling_terms(self) -> SchedulingTerms:
+        """How the request wants to be scheduled."""
+        return SchedulingTerms(self.priority, self.tenant, self.ttft_objective, self.tpot_objective)
 
     def output_limit(self) -> int | None:
         """Output tokens asked for, under the field's new or old name."""

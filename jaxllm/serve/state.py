@@ -116,15 +116,6 @@ class ServerState:
                 f"Field '{name}' holds {wrong}: token ids of this model are in [0, {size - 1}].", param=name
             )
 
-    def check_priority(self, priority: int) -> None:
-        """Refuse a priority that nothing would look at."""
-        if priority != 0 and self.engine.engine.config.scheduling_policy == "fcfs":
-            raise InvalidRequestError(
-                f"Field 'priority' is {priority}: this server schedules first come, first served; leave it"
-                " out, or start the server with --scheduling-policy priority.",
-                param="priority",
-            )
-
     def public_id(self, prefix: str, body: GenerationRequest, http: HTTPRequest) -> str:
         """The id that the client sees: its own where it sent one."""
         own = http.headers.get("x-request-id")
@@ -174,7 +165,6 @@ async def start_generations(
         InvalidRequestError: naming the field.
         EngineDeadError: the engine failed or is shutting down.
     """
-    state.check_priority(body.priority)
     params = body.to_sampling_params(state.default_sampling_params())
     # Clients choose their ids freely, also the same one twice at once.
     unique = uuid.uuid4().hex[:8]
@@ -236,7 +226,7 @@ def _process(
             request_id,
             _engine_prompt(state, body, prompt),
             params,
-            priority=body.priority,
+            terms=body.scheduling_terms(),
             cache_salt=body.cache_salt,
         )
     except InvalidRequestError as error:

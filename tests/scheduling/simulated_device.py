@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from jaxllm.config import SchedulerConfig
-from jaxllm.request import Request, RequestStatus
+from jaxllm.request import Request, RequestStatus, SchedulingTerms
 from jaxllm.sampling_params import RepetitionDetectionParams, SamplingParams
 from jaxllm.scheduling import Plan, RequestUpdate, Scheduler, SchedulingPolicy, StepResult, TokenLogprobs
 
@@ -296,6 +296,8 @@ class Server:
 def make_request(name: str, prompt: list[int], *, max_tokens: int = 4, **fields: object) -> Request:
     """A request whose SamplingParams take the fields that Request has not."""
     own = {key: fields.pop(key) for key in list(fields) if key in Request.__dataclass_fields__}
+    terms = {key: fields.pop(key) for key in list(fields) if key in SchedulingTerms.__dataclass_fields__}
+    own["terms"] = SchedulingTerms(**terms)  # type: ignore[arg-type]
     fields.setdefault("ignore_eos", True)
     return Request(
         request_id=name,

@@ -49,7 +49,7 @@ def test_a_policy_of_ones_own_is_found_by_module_and_class(monkeypatch: pytest.M
     server = load(Server(make_config(policy="some_policies:Shortest", max_num_seqs=1)), 3)
     assert [r.request_id for r in server.scheduler.waiting] == ["r2", "r1", "r0"]
     server.run()
-    with pytest.raises(ConfigError, match="lacks dynamic_ranks, rank"):
+    with pytest.raises(ConfigError, match="gives a dict, not a policy; derive it from"):
         load_policy("some_policies:NotOne")
 
 
@@ -67,7 +67,9 @@ def test_views_are_up_to_date_and_read_only() -> None:
     for name in dir(RequestView):
         if name.startswith("_"):
             continue
-        expected: Any = len(request.pages) if name == "num_pages" else getattr(request, name)
+        computed = {"num_pages": len(request.pages), "num_prefix_tokens": 0}
+        owner = request.terms if hasattr(request.terms, name) else request
+        expected: Any = computed[name] if name in computed else getattr(owner, name)
         assert getattr(view, name) == expected
         with pytest.raises(AttributeError, match="cannot change"):
             setattr(view, name, 1)
@@ -142,13 +144,38 @@ class Raises(SchedulingPolicy):
     def split_budget(self, step: StepView) -> Any:
         return self.fail("split_budget", BudgetSplit(step.num_tokens, step.num_tokens))
 
+    def preempt(self, step: StepView) -> Any:
+        return self.fail("preempt", ())
+
+    def admit(self, request: RequestView) -> Any:
+        return self.fail("admit", True)
+
+    def chunk_size(self, request: RequestView, num_tokens: int) -> Any:
+        return self.fail("chunk_size", num_tokens)
+
+    def on_arrival(self, request: RequestView) -> None:
+        self.fail("on_arrival", None)
+
+    def on_admission(self, request: RequestView, num_cached_tokens: int) -> None:
+        self.fail("on_admission", None)
+
+    def on_progress(self, request: RequestView, num_tokens: int) -> None:
+        self.fail("on_progress", None)
+
+    def on_finish(self, request: RequestView) -> None:
+        self.fail("on_finish", None)
+
 
 @pytest.mark.parametrize("after", [0, 2, 7])
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize(
     ("question", "answer"),
     [
-        *[(question, RuntimeError("no")) for question in ("rank", "choose_victim", "split_budget")],
+        *[
+            (question, RuntimeError("no"))
+            for question in vars(SchedulingPolicy)
+            if not question.startswith("_") and callable(getattr(SchedulingPolicy, question))
+        ],
         ("rank", None),
         ("rank", float("nan")),
         ("rank", (1, "x")),
@@ -158,6 +185,12 @@ class Raises(SchedulingPolicy):
         ("split_budget", (1, 2, 3)),
         ("split_budget", (-1, 5)),
         ("split_budget", (0.5, 5)),
+        ("preempt", None),
+        ("preempt", (RequestView(make_request("stranger", [1])),)),
+        ("admit", None),
+        ("chunk_size", -1),
+        ("chunk_size", 10**9),
+        ("chunk_size", 1.5),
     ],
 )
 def test_a_policy_that_fails_is_named_and_serving_goes_on(

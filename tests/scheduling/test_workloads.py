@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from jaxllm.request import Request, RequestStatus
 from jaxllm.scheduling import BudgetSplit, RequestView, SchedulingPolicy, StepView
+from jaxllm.scheduling.policies import BUILT_IN
 from tests.scheduling.simulated_device import (
     Server,
     make_config,
@@ -41,6 +42,15 @@ class Capricious(SchedulingPolicy):
     def split_budget(self, step: StepView) -> BudgetSplit:
         assert len(step.waiting) + len(step.running) > 0
         return BudgetSplit(self.rng.randrange(step.num_tokens + 1), self.rng.randrange(step.num_tokens + 1))
+
+    def preempt(self, step: StepView) -> Sequence[RequestView]:
+        return [view for view in step.running if self.rng.random() < 0.02]
+
+    def admit(self, request: RequestView) -> bool:
+        return self.rng.random() < 0.7
+
+    def chunk_size(self, request: RequestView, num_tokens: int) -> int:
+        return self.rng.choice([0, 1, num_tokens, num_tokens]) if num_tokens else 0
 
 
 def serve_random_workload(seed: int, policy: SchedulingPolicy | None = None) -> Server:
@@ -82,6 +92,13 @@ def test_ten_thousand_requests_give_what_each_gives_alone(block: int) -> None:
 def test_no_policy_can_lose_a_page_or_a_request() -> None:
     for seed in range(1000, 1030):
         serve_random_workload(seed, Capricious(seed))
+
+
+@pytest.mark.parametrize("name", sorted(BUILT_IN))
+def test_every_built_in_policy_serves_all(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    for seed in range(2000, 2040):
+        serve_random_workload(seed, BUILT_IN[name]())
+    assert not caplog.records, "the policy failed and was replaced"
 
 
 def test_preemption_storm() -> None:

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jaxllm.errors import InvalidRequestError
+from jaxllm.request import SchedulingTerms
 from jaxllm.serve.config import ServerConfig
 from jaxllm.serve.protocol import _UNSUPPORTED, ChatCompletionRequest, CompletionRequest
 from tests.serve.conftest import Api, events_of, serving
@@ -339,7 +340,18 @@ def test_without_a_tokenizer_token_ids_still_work() -> None:
 def test_priority_is_taken_where_something_looks_at_it() -> None:
     with serving(scheduling_policy="priority") as api:
         api.complete(priority=-7)
-        assert api.fake.submitted[0].priority == -7
+        assert api.fake.submitted[0].terms == SchedulingTerms(priority=-7)
+
+
+def test_terms_are_taken_where_the_policy_goes_by_them() -> None:
+    with serving(scheduling_policy="edf") as api:
+        api.complete(ttft_objective=0.5, tpot_objective=0.05)
+        assert api.fake.submitted[0].terms == SchedulingTerms(ttft_objective=0.5, tpot_objective=0.05)
+        message = api.refused(COMPLETIONS, {"prompt": "a", "tenant": "b"})["message"]
+        assert "tenant='b' has no effect under the scheduling policy 'edf'" in message
+    with serving(scheduling_policy="vtc", scheduling_config={"output_weight": 3}) as api:
+        api.complete(tenant="b")
+        assert api.fake.submitted[0].terms == SchedulingTerms(tenant="b")
 
 
 def test_while_draining_new_work_is_refused(api: Api) -> None:
