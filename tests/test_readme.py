@@ -96,11 +96,20 @@ def test_every_kind_of_example_is_there() -> None:
     assert any(b.code.startswith("curl ") for b in of("shell", needs_server=True))
 
 
-@pytest.mark.parametrize("block", of("python", needs_server=False), ids=lambda b: b.code.splitlines()[0])
-def test_python(block: Block) -> None:
-    output = run([sys.executable, "-"], block.code)
+def test_python() -> None:
+    first, _ = of("python", needs_server=False)
+    output = run([sys.executable, "-"], first.code)
     assert "The capital of France is ->" in output
     assert "Paris" in output
+
+
+def test_a_policy_of_thirty_lines() -> None:
+    _, block = of("python", needs_server=False)
+    assert len(block.code.splitlines()) <= 30
+    told = "\nengine = llm.llm_engine\nprint('ranks by', engine.scheduler._policy._policy.__dict__)"
+    output = run([sys.executable, "-"], block.code + told)
+    assert "Tokyo" in output
+    assert "ranks by {'patience': 16, 'num_arrived': 1}" in output
 
 
 @pytest.mark.parametrize("block", of("python", needs_server=True), ids=lambda b: b.code.splitlines()[0])

@@ -17,6 +17,7 @@ from jaxllm.scheduling.checks import (
     check_request,
     check_result,
 )
+from jaxllm.scheduling.draft import Draft
 from jaxllm.scheduling.guard import PolicyGuard
 from jaxllm.scheduling.plan import Plan, RequestUpdate, ScheduledRequest, StepResult
 from jaxllm.scheduling.policies import load_policy
@@ -26,42 +27,6 @@ from jaxllm.scheduling.sequence import ScheduledSequence, WaitingQueue, ceil_div
 from jaxllm.scheduling.views import RequestView, StepView
 
 _by_key = attrgetter("key")
-
-
-class _Step:
-    """A plan in the making.
-
-    Attributes:
-        num_tokens_left: what is left of the token budget.
-        scheduled: the plan's rows so far.
-        sequences: the sequence of each row.
-        computing: digests of the known pages that this plan computes, whole or in part.
-        num_reserved_pages: pages that running sequences still need for tokens that exist already.
-        preempted: whether somebody lost its pages for this plan.
-        declined: whether the policy kept something back that could be computed.
-        follows_policy: whether the policy is asked what to keep back.
-    """
-
-    __slots__ = (
-        "computing",
-        "declined",
-        "follows_policy",
-        "num_reserved_pages",
-        "num_tokens_left",
-        "preempted",
-        "scheduled",
-        "sequences",
-    )
-
-    def __init__(self, num_tokens: int) -> None:
-        self.num_tokens_left = num_tokens
-        self.scheduled: list[ScheduledRequest] = []
-        self.sequences: list[ScheduledSequence] = []
-        self.computing: set[bytes] = set()
-        self.num_reserved_pages = 0
-        self.preempted = False
-        self.declined = False
-        self.follows_policy = True
 
 
 class Scheduler:
@@ -167,6 +132,7 @@ class Scheduler:
         sequence = ScheduledSequence(
             request,
             find_prefix=self._count_prefix_tokens,
+            page_size=self._page_size,
             order=self._next_order,
             max_length=max_length,
             hasher=hasher,
@@ -239,7 +205,7 @@ class Scheduler:
         if self._policy.dynamic_ranks or self._policy.stale:
             self._renew_ranks()
         num_tokens = self.config.max_num_batched_tokens
-        step = _Step(num_tokens)
+        step = Draft(num_tokens)
         for view in self._policy.preempt(self._view_step()):
             self._preempt(self._sequences[view.request_id])
         split = self._policy.split_budget(self._view_step())
@@ -259,7 +225,7 @@ class Scheduler:
         if not step.scheduled:
             return None
         for sequence in step.sequences:
-            self._register_pages(sequence)
+            sequence.register_pages(self._pool)
         plan = Plan(
             step_id=self._next_step_id,
             scheduled=tuple(step.scheduled),
@@ -294,7 +260,7 @@ class Scheduler:
     def _view_waiting(self) -> Sequence[RequestView]:
         return tuple(sequence.view for sequence in self._waiting)
 
-    def _schedule_running(self, step: _Step, limit: int) -> None:
+    def _schedule_running(self, step: Draft, limit: int) -> None:
         """Give running sequences up to `limit` tokens of the step."""
         running = self._running
         index = 0
@@ -313,7 +279,7 @@ class Scheduler:
                 limit -= num_tokens
                 index += 1
 
-    def _make_room(self, step: _Step, index: int, num_tokens: int) -> bool:
+    def _make_room(self, step: Draft, index: int, num_tokens: int) -> bool:
         """Give the running sequence at `index` the pages for `num_tokens` more tokens.
 
         Sequences from `index` on may lose theirs for it. False if the sequence itself did.
@@ -333,7 +299,7 @@ class Scheduler:
         request.pages.extend(self._pool.allocate(num_pages))
         return True
 
-    def _schedule_waiting(self, step: _Step, limit: int) -> None:
+    def _schedule_waiting(self, step: Draft, limit: int) -> None:
         """Start waiting sequences with up to `limit` tokens of the step."""
         held: list[ScheduledSequence] = []
         # A sequence that is held back keeps its seat; nobody overtakes one that lacks tokens or pages.
@@ -350,9 +316,9 @@ class Scheduler:
                 step.declined = True
                 held.append(sequence)
                 continue
-            digests = self._wanted_digests(sequence)
+            digests = sequence.wanted_digests()
             pages = self._pool.find_prefix(digests)
-            if self._awaits_page(sequence, digests[len(pages) :], len(pages), step.computing):
+            if sequence.awaits_page(digests[len(pages) :], len(pages), step.computing):
                 held.append(sequence)
                 continue
             num_tokens = sequence.num_tokens_to_compute() - len(pages) * self._page_size
@@ -379,7 +345,7 @@ class Scheduler:
             available = min(available, threshold)
         return min(num_tokens, available)
 
-    def _ask_chunk(self, step: _Step, sequence: ScheduledSequence, num_tokens: int) -> int:
+    def _ask_chunk(self, step: Draft, sequence: ScheduledSequence, num_tokens: int) -> int:
         """How many of `num_tokens` the policy wants to compute now."""
         if not step.follows_policy:
             return num_tokens
@@ -391,33 +357,7 @@ class Scheduler:
 
     def _count_prefix_tokens(self, sequence: ScheduledSequence) -> int:
         """Tokens of a waiting sequence that the prefix cache holds now."""
-        return len(self._pool.find_prefix(self._wanted_digests(sequence))) * self._page_size
-
-    def _wanted_digests(self, sequence: ScheduledSequence) -> list[bytes]:
-        """Digests of the pages that a waiting sequence may take from the prefix cache.
-
-        Its last token is computed in any case, for the logits that follow it.
-        """
-        if sequence.hasher is None:
-            return []
-        sequence.hasher.extend(sequence.request.token_ids)
-        if not sequence.reads_cache:
-            return []
-        return sequence.hasher.digests[: (len(sequence.request.token_ids) - 1) // self._page_size]
-
-    def _awaits_page(
-        self, sequence: ScheduledSequence, missing: list[bytes], num_found: int, computing: set[bytes]
-    ) -> bool:
-        """Whether the first page that a waiting sequence did not find is about to be there.
-
-        A page takes at most as many plans as it has tokens; then the sequence computes it itself.
-        """
-        if not missing or missing[0] not in computing:
-            return False
-        if num_found > sequence.num_held_pages:
-            sequence.num_held_pages, sequence.num_holds = num_found, 0
-        sequence.num_holds += 1
-        return sequence.num_holds <= self._page_size
+        return len(self._pool.find_prefix(sequence.wanted_digests())) * self._page_size
 
     def _fits(self, request: Request, found: list[int], num_reserved: int) -> bool:
         """Whether there are pages for all tokens that the request has, beside those promised to others."""
@@ -443,7 +383,7 @@ class Scheduler:
         self._policy.on_admission(sequence.view, num_found)
         insort(self._running, sequence, key=_by_key)
 
-    def _take(self, step: _Step, sequence: ScheduledSequence, num_tokens: int) -> None:
+    def _take(self, step: Draft, sequence: ScheduledSequence, num_tokens: int) -> None:
         """Put the next `num_tokens` of a running sequence, which has the pages, into the plan."""
         request = sequence.request
         start = request.num_computed_tokens
@@ -458,26 +398,8 @@ class Scheduler:
         step.num_tokens_left -= num_tokens
         step.scheduled.append(ScheduledRequest(request, start, num_tokens, samples))
         step.sequences.append(sequence)
-        if sequence.hasher is not None:
-            size = self._page_size
-            known = sequence.hasher.digests[start // size : ceil_div(end, size)]
-            step.computing.update(known)
+        step.computing.update(sequence.known_digests(start, end))
         self._policy.on_progress(sequence.view, num_tokens)
-
-    def _register_pages(self, sequence: ScheduledSequence) -> None:
-        """Let later plans find the full pages whose tokens the host knows."""
-        hasher = sequence.hasher
-        if hasher is None:
-            return
-        request = sequence.request
-        num_known = min(request.num_computed_tokens, len(request.token_ids))
-        first, last = sequence.num_registered_pages, num_known // self._page_size
-        if first >= last:
-            return
-        hasher.extend(request.token_ids)
-        for index in range(first, last):
-            self._pool.register(request.pages[index], hasher.digests[index])
-        sequence.num_registered_pages = last
 
     # Taking in a step's result
 
@@ -519,10 +441,10 @@ class Scheduler:
             request.token_ids.append(token_id)
             end = sequence.stops.check()
             if end is not None:
-                self._register_pages(sequence)
+                sequence.register_pages(self._pool)
                 self._finish(sequence, *end)
                 return token_ids[:count]
-        self._register_pages(sequence)
+        sequence.register_pages(self._pool)
         return token_ids
 
     # Housekeeping

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from heapq import heapify, heappop, heappush
 
 from jaxllm.request import Request
+from jaxllm.scheduling.block_pool import BlockPool
 from jaxllm.scheduling.plan import TokenLogprobs
 from jaxllm.scheduling.prefix_cache import PageHasher
 from jaxllm.scheduling.stops import StopChecker
@@ -24,6 +25,7 @@ class ScheduledSequence:
     Args:
         request: the request.
         find_prefix: counts the tokens of a sequence that the prefix cache holds.
+        page_size: tokens a KV page holds.
         order: counts up over the requests that were added.
         max_length: prompt and output tokens at which the request ends.
         hasher: names its pages, or None where its pages are not shared.
@@ -51,6 +53,7 @@ class ScheduledSequence:
         "num_registered_pages",
         "order",
         "overlaps",
+        "page_size",
         "reads_cache",
         "request",
         "stops",
@@ -62,6 +65,7 @@ class ScheduledSequence:
         request: Request,
         *,
         find_prefix: Callable[[ScheduledSequence], int],
+        page_size: int,
         order: int,
         max_length: int,
         hasher: PageHasher | None,
@@ -69,6 +73,7 @@ class ScheduledSequence:
         overlaps: bool,
     ) -> None:
         self.request = request
+        self.page_size = page_size
         self.order = order
         self.max_length = max_length
         self.hasher = hasher
@@ -91,6 +96,50 @@ class ScheduledSequence:
         if num_tokens >= self.max_length or (num_pending and not self.overlaps):
             return 0
         return num_tokens - request.num_computed_tokens
+
+    def wanted_digests(self) -> list[bytes]:
+        """Digests of the pages that it may take from the prefix cache while it waits.
+
+        Its last token is computed in any case, for the logits that follow it.
+        """
+        if self.hasher is None:
+            return []
+        self.hasher.extend(self.request.token_ids)
+        if not self.reads_cache:
+            return []
+        return self.hasher.digests[: (len(self.request.token_ids) - 1) // self.page_size]
+
+    def known_digests(self, start: int, end: int) -> list[bytes]:
+        """Digests of the pages with positions from `start` to before `end` whose tokens the host knows."""
+        if self.hasher is None:
+            return []
+        return self.hasher.digests[start // self.page_size : ceil_div(end, self.page_size)]
+
+    def awaits_page(self, missing: list[bytes], num_found: int, computing: set[bytes]) -> bool:
+        """Whether the first page that it did not find is about to be there.
+
+        A page takes at most as many plans as it has tokens; then the sequence computes it itself.
+        """
+        if not missing or missing[0] not in computing:
+            return False
+        if num_found > self.num_held_pages:
+            self.num_held_pages, self.num_holds = num_found, 0
+        self.num_holds += 1
+        return self.num_holds <= self.page_size
+
+    def register_pages(self, pool: BlockPool) -> None:
+        """Let later plans find the full pages whose tokens the host knows."""
+        if self.hasher is None:
+            return
+        request = self.request
+        num_known = min(request.num_computed_tokens, len(request.token_ids))
+        first, last = self.num_registered_pages, num_known // self.page_size
+        if first >= last:
+            return
+        self.hasher.extend(request.token_ids)
+        for index in range(first, last):
+            pool.register(request.pages[index], self.hasher.digests[index])
+        self.num_registered_pages = last
 
     def new_prompt_logprobs(
         self, start: int, logprobs: list[TokenLogprobs] | None
