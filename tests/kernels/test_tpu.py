@@ -1,4 +1,4 @@
-"""The TPU kernel in the TPU interpreter, with race detection: ragged batches against float64, the cache bit for bit."""
+"""The TPU kernel in the TPU interpreter, races detected: ragged batches against float64, cache exactly."""
 
 from __future__ import annotations
 
@@ -61,6 +61,10 @@ CASES = {
     "sinks": Case(RAGGED, options={"sinks": True, "return_lse": True}),
     "alibi": Case(RAGGED, options={"alibi_slopes": True}),
     "log-sum-exp": Case(RAGGED, options={"return_lse": True}),
+    "spans": Case(RAGGED, options={"span_ends": True}),
+    "spans in a window": Case(RAGGED, options={"span_ends": True, "window": 9, "return_lse": True}),
+    "tree": Case(RAGGED, options={"tree_mask": 20, "return_lse": True}),
+    "wide tree in a window": Case(RAGGED, options={"tree_mask": 37, "window": 21, "alibi_slopes": True}),
     "everything": Case(
         RAGGED,
         options={"window": 13, "soft_cap": 5.0, "sinks": True, "alibi_slopes": True, "return_lse": True},
@@ -77,7 +81,9 @@ CASES = {
     "nothing to decode": Case(((0, 0), (0, 0)), decode_only=True, padding=2),
     "bfloat16": Case(RAGGED, dtype="bfloat16"),
     "bfloat16, eight key-value heads": Case(RAGGED, heads=8, kv_heads=8, dtype="bfloat16"),
-    "bfloat16 decodes, head_dim 64": Case(DECODES, head_dim=64, decode_only=True, padding=0, dtype="bfloat16"),
+    "bfloat16 decodes, head_dim 64": Case(
+        DECODES, head_dim=64, decode_only=True, padding=0, dtype="bfloat16"
+    ),
     "bfloat16 decodes": Case(DECODES, decode_only=True, padding=0, dtype="bfloat16"),
     "int8 pages": Case(RAGGED, cache_dtype="int8", options={"k_scale": 0.03, "v_scale": 0.02}),
     "float8 pages": Case(
@@ -130,21 +136,27 @@ def make_batch(case: Case, seed: int) -> Batch:
         given["sinks"] = jnp.asarray(rng.normal(size=case.heads), jnp.float32)
     if given.get("alibi_slopes"):
         given["alibi_slopes"] = jnp.asarray(2.0 ** -np.arange(1, case.heads + 1), jnp.float32)
+    if given.get("span_ends"):
+        given["span_ends"] = jnp.asarray(rng.integers(0, 50, num_tokens), jnp.int32)
+    if "tree_mask" in given:
+        tree = rng.integers(0, 2, (num_tokens, given["tree_mask"])) == 1
+        tree[:, 0] = True
+        given["tree_mask"] = jnp.asarray(tree)
     for name in ("k_scale", "v_scale"):
         if name in given:
             given[name] = jnp.float32(given[name])
     lens = np.array([sum(pair) for pair in case.sequences], np.int32)
     starts = np.concatenate([[0], np.cumsum([new for _, new in case.sequences])]).astype(np.int32)
-    arrays = dict(
-        q=normal(num_tokens, case.heads, case.head_dim),
-        k=k,
-        v=v,
-        kv_pages=kv_pages,
-        layer=np.int32(layer),
-        page_table=table,
-        seq_lens=lens,
-        query_starts=starts,
-    )
+    arrays = {
+        "q": normal(num_tokens, case.heads, case.head_dim),
+        "k": k,
+        "v": v,
+        "kv_pages": kv_pages,
+        "layer": np.int32(layer),
+        "page_table": table,
+        "seq_lens": lens,
+        "query_starts": starts,
+    }
     options = AttentionOptions(
         scale=case.logit_size / case.head_dim**0.5, decode_only=case.decode_only, **given
     )
@@ -178,14 +190,22 @@ def oracle(case: Case, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray
         own = own[:length].astype(np.float64)
         for row in range(first, end):
             position = int(length - (end - row))
-            begin = 0 if options.window is None else max(0, position + 1 - options.window)
+            places = np.arange(length)
+            visible = places <= position
+            if options.span_ends is not None:
+                visible |= places < int(options.span_ends[row])
+            if options.window is not None:
+                visible &= places > position - options.window
+            new = end - first
+            if options.tree_mask is not None and new <= options.tree_mask.shape[1]:
+                visible[length - new :] = np.asarray(options.tree_mask)[row, :new]
             for head in range(case.heads):
-                seen = own[begin : position + 1, 2 * (head // group) :][:, :2]
+                seen = own[visible, 2 * (head // group) :][:, :2]
                 logits = seen[:, 0] @ arrays["q"][row, head].astype(np.float64) * options.scale * scales[0]
                 if options.soft_cap is not None:
                     logits = options.soft_cap * np.tanh(logits / options.soft_cap)
                 if options.alibi_slopes is not None:
-                    logits += float(options.alibi_slopes[head]) * (np.arange(begin, position + 1) - position)
+                    logits += float(options.alibi_slopes[head]) * (places[visible] - position)
                 sink = -np.inf if options.sinks is None else float(options.sinks[head])
                 lse[row, head] = np.logaddexp.reduce([*logits, sink])
                 out[row, head] = np.exp(logits - lse[row, head]) @ seen[:, 1] * scales[1]

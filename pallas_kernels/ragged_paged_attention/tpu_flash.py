@@ -1,0 +1,256 @@
+"""What the TPU kernel computes on one work item: flash attention of a tile of queries on a block of keys.
+
+The online softmax of FlashAttention-2 (Dao 2023, section 3.1), float32, one key-value head after the
+other. The rows of a head's tile are its group of query heads times the tile's queries, [group, height].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.ragged_paged_attention.options import AttentionOptions
+from pallas_kernels.ragged_paged_attention.tpu_work import Item, Tile, Tiling, WorkList
+
+RING = 2
+LANES = 128
+# Finite, so that a row that has seen nothing yet gives exp(MASKED - MASKED) and not NaN.
+MASKED = -(2.0**127)
+
+
+class Scratch(NamedTuple):
+    """Buffers and semaphores of the program; the opening of this file has their sizes."""
+
+    tables: Any
+    kv_blocks: Any
+    q_tiles: Any
+    queries: Any
+    running_max: Any
+    running_sum: Any
+    acc: Any
+    row_words: Any
+    out_tile: Any
+    lse_tile: Any
+    table_arrived: Any
+    kv_arrived: Any
+    q_arrived: Any
+    written: Any
+
+
+def scratch_shapes(
+    q_dtype: jnp.dtype,
+    cache_dtype: jnp.dtype,
+    heads: int,
+    group: int,
+    page_rows: tuple[int, int],
+    pages_per_seq: int,
+    words_per_row: int,
+    tiling: Tiling,
+) -> Scratch:
+    """The buffers for pages of page_rows = (rows, lanes) a token and words_per_row words a query."""
+    kv_heads, rows, lanes = heads // group, group * tiling.queries, page_rows[1]
+    # 8-bit numbers are exact in bfloat16.
+    wide = jnp.float32 in (q_dtype, cache_dtype)
+    compute_dtype = jnp.dtype(jnp.float32 if wide else jnp.bfloat16)
+    return Scratch(
+        tables=pltpu.SMEM((2, 1, pages_per_seq), jnp.int32),
+        kv_blocks=pltpu.VMEM((RING, tiling.keys, *page_rows), cache_dtype),
+        q_tiles=pltpu.VMEM((RING, tiling.queries, heads, lanes), q_dtype),
+        queries=pltpu.VMEM((kv_heads, rows, lanes), compute_dtype),
+        running_max=pltpu.VMEM((kv_heads, rows, 1), jnp.float32),
+        running_sum=pltpu.VMEM((kv_heads, rows, 1), jnp.float32),
+        acc=pltpu.VMEM((kv_heads, rows, lanes), jnp.float32),
+        row_words=pltpu.VMEM((max(1, words_per_row), tiling.queries, 1), jnp.int32),
+        out_tile=pltpu.VMEM((tiling.queries, heads, lanes), q_dtype),
+        lse_tile=pltpu.VMEM((tiling.queries, heads, LANES), jnp.float32),
+        table_arrived=pltpu.SemaphoreType.DMA((2,)),
+        kv_arrived=pltpu.SemaphoreType.DMA((RING,)),
+        q_arrived=pltpu.SemaphoreType.DMA((RING,)),
+        written=pltpu.SemaphoreType.DMA((2,)),
+    )
+
+
+@dataclass(frozen=True)
+class FlashTile:
+    """The arithmetic of the kernel; everything it reads and writes is on the chip.
+
+    Attributes:
+        group: query heads of a key-value head.
+        num_tokens: T, rows in the packed batch.
+        scales: float32[2], of keys and of values, in SMEM.
+        sinks, slopes: float32[heads] in SMEM, or None.
+        row_words: int32[words * T] in SMEM, or None: what a query sees beside causality.
+    """
+
+    work: WorkList
+    group: int
+    num_tokens: int
+    scales: Any
+    sinks: Any
+    slopes: Any
+    row_words: Any
+    scratch: Scratch
+
+    @property
+    def options(self) -> AttentionOptions:
+        return self.work.options
+
+    def start(self, item: Item, tile: Tile, slot: jax.Array, height: int) -> None:
+        """Takes the tile's queries from their ring slot, and begins an empty softmax."""
+        scratch = self.scratch
+        kv_heads, _, lanes = scratch.queries.shape
+        rows = self.group * height
+        queries = scratch.q_tiles[slot].astype(scratch.queries.dtype)
+        queries = queries[0] if height == 1 else jnp.swapaxes(queries, 0, 1)
+        scratch.queries[:, :rows] = queries.reshape(kv_heads, rows, lanes)
+        scratch.acc[:, :rows] = jnp.zeros((kv_heads, rows, lanes), jnp.float32)
+        for head in range(kv_heads):
+            # A sink is a logit that has been seen already, and has no value behind it.
+            if self.sinks is None:
+                scratch.running_max[head, :rows] = jnp.full((rows, 1), MASKED)
+                scratch.running_sum[head, :rows] = jnp.zeros((rows, 1), jnp.float32)
+            else:
+                scratch.running_max[head, :rows] = self._per_row(self.sinks, head, height)
+                scratch.running_sum[head, :rows] = jnp.ones((rows, 1), jnp.float32)
+        if self.row_words is not None:
+
+            def set_words(query: jax.Array, _: None) -> None:
+                for word in range(scratch.row_words.shape[0]):
+                    value = self.row_words[word * self.num_tokens + item.row + query]
+                    scratch.row_words[word, pl.ds(query, 1)] = jnp.full((1, 1), value)
+
+            lax.fori_loop(0, tile.num_queries, set_words, None)
+
+    def _per_row(self, of_head: Any, kv_head: int, height: int) -> jax.Array:
+        """float32[heads] in SMEM to [group * height, 1], for the rows of one key-value head."""
+        member = lax.broadcasted_iota(jnp.int32, (self.group, height, 1), 0).reshape(-1, 1)
+        values = jnp.full(member.shape, of_head[kv_head * self.group])
+        for index in range(1, self.group):
+            values = jnp.where(member == index, of_head[kv_head * self.group + index], values)
+        return values
+
+    def attend(self, item: Item, tile: Tile, slot: jax.Array, height: int) -> None:
+        """One item: logits, mask, running maximum and sum, and the weighted values."""
+        scratch, options = self.scratch, self.options
+        kv_heads, dtype = scratch.queries.shape[0], scratch.queries.dtype
+        rows = self.group * height
+        precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
+        self._clean_block(item, tile, slot)
+        block = _by_row(scratch.kv_blocks[slot], dtype)
+
+        distance, visible = self._visible(item, tile, height)
+        for head in range(kv_heads):
+            key_row, value_row = self._rows_of(head)
+            logits = lax.dot_general(
+                scratch.queries[head, :rows], block[key_row], (((1,), (1,)), ((), ())),
+                precision=precision, preferred_element_type=jnp.float32,
+            )  # fmt: skip
+            logits = options.cap(logits * (options.scale * self.scales[0]))
+            if self.slopes is not None:
+                logits -= self._per_row(self.slopes, head, height) * distance.astype(jnp.float32)
+            logits = jnp.where(visible, logits, MASKED)
+
+            old_max = scratch.running_max[head, :rows]
+            new_max = jnp.maximum(old_max, jnp.max(logits, axis=1, keepdims=True))
+            weights = jnp.exp(logits - new_max)
+            decay = jnp.exp(old_max - new_max)
+            scratch.running_max[head, :rows] = new_max
+            scratch.running_sum[head, :rows] = decay * scratch.running_sum[head, :rows] + jnp.sum(
+                weights, axis=1, keepdims=True
+            )
+            partial = jnp.dot(
+                weights.astype(dtype),
+                block[value_row],
+                precision=precision,
+                preferred_element_type=jnp.float32,
+            )
+            scratch.acc[head, :rows] = decay * scratch.acc[head, :rows] + partial
+
+    def _clean_block(self, item: Item, tile: Tile, slot: jax.Array) -> None:
+        """Zeroes what no query sees: it may be anything, and zero times NaN is NaN."""
+        keys = self.work.tiling.keys
+        begin = jnp.clip(tile.key_begin - item.block * keys, 0, keys)
+        end = jnp.clip(tile.key_end - item.block * keys, 0, keys)
+        blocks = self.scratch.kv_blocks
+
+        def clean(index: jax.Array, _: None) -> None:
+            blocks[slot, index] = jnp.zeros(blocks.shape[2:], blocks.dtype)
+
+        lax.fori_loop(0, begin, clean, None)
+        lax.fori_loop(end, keys, clean, None)
+
+    def _visible(self, item: Item, tile: Tile, height: int) -> tuple[jax.Array, jax.Array]:
+        """(query position - key position int32, whether it is seen), each [group * height, keys]."""
+        options, words = self.options, self.scratch.row_words
+        shape = (self.group * height, self.work.tiling.keys)
+        query = lax.broadcasted_iota(jnp.int32, (self.group, height, shape[1]), 1).reshape(shape)
+        key = lax.broadcasted_iota(jnp.int32, shape, 1)
+        first_key = item.block * self.work.tiling.keys
+        distance = query - key + (tile.position - first_key)
+        visible = distance >= 0
+
+        def of_rows(word: int) -> jax.Array:
+            return jnp.concatenate([words[word, :height]] * self.group, axis=0)
+
+        if options.span_ends is not None:
+            visible |= key < of_rows(0) - first_key
+        if options.window is not None:
+            visible &= distance < options.window
+        if options.tree_mask is not None:
+            begin, end = self.work.query_starts[item.seq], self.work.query_starts[item.seq + 1]
+            column = key + (first_key - (self.work.seq_lens[item.seq] - (end - begin)))
+            column = jnp.where(end - begin <= options.tree_mask.shape[1], column, -1)
+            for word in range(words.shape[0]):
+                bit = jnp.clip(column - 32 * word, 0, 31)
+                allowed = (lax.shift_right_logical(jnp.broadcast_to(of_rows(word), shape), bit) & 1) == 1
+                visible = jnp.where((column >= 32 * word) & (column < 32 * word + 32), allowed, visible)
+        if self.row_words is not None:
+            visible &= key < tile.key_end - first_key
+        return distance, visible
+
+    def _rows_of(self, kv_head: int) -> tuple[int, int]:
+        """The rows of a page that hold the head's keys and its values; see `page_rows`."""
+        kv_heads, num_rows = self.scratch.queries.shape[0], self.scratch.kv_blocks.shape[2]
+        if num_rows == 2 * kv_heads:
+            return 2 * kv_head, 2 * kv_head + 1
+        return kv_head * num_rows // kv_heads, kv_head * num_rows // kv_heads
+
+    def finish(self, height: int) -> None:
+        """Divides by the sums, and lays the tile out as it leaves."""
+        scratch = self.scratch
+        rows, heads = self.group * height, scratch.out_tile.shape[1]
+
+        def store(target: Any, values: jax.Array) -> None:
+            """[kv_heads, group * height, lanes] to the target's [height, heads, lanes]."""
+            values = values.astype(target.dtype)
+            if height == 1:
+                target[0] = values.reshape(heads, values.shape[2])
+            else:
+                target[...] = jnp.swapaxes(values.reshape(heads, height, values.shape[2]), 0, 1)
+
+        weight_sum = scratch.running_sum[:, :rows]
+        store(scratch.out_tile, scratch.acc[:, :rows] * (self.scales[1] / weight_sum))
+        if self.options.return_lse:
+            lse = scratch.running_max[:, :rows] + jnp.log(weight_sum)
+            store(scratch.lse_tile, jnp.broadcast_to(lse, (*lse.shape[:2], LANES)))
+
+
+def _by_row(block: jax.Array, dtype: jnp.dtype) -> list[jax.Array]:
+    """[keys, rows, lanes] to a [keys, lanes] of the given dtype for every row."""
+    keys, rows, lanes = block.shape
+    if dtype != jnp.bfloat16 or block.dtype != jnp.bfloat16 or rows % 16:
+        return list(jnp.swapaxes(block.astype(dtype), 0, 1))
+    # Two rows share a 32-bit word, and whole words are transposed at half the price; a bfloat16 is
+    # the upper half of the float32 that it stands for.
+    pairs = pltpu.bitcast(block.reshape(keys * rows, lanes), jnp.uint32).reshape(keys, rows // 2, lanes)
+    separate = []
+    for pair in jnp.swapaxes(pairs, 0, 1):
+        for bits in (pair << 16, pair & jnp.uint32(0xFFFF0000)):
+            separate.append(lax.bitcast_convert_type(bits, jnp.float32).astype(dtype))
+    return separate
