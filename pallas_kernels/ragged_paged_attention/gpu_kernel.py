@@ -1,0 +1,321 @@
+"""The attention of `gpu.py` as a kernel in Pallas Mosaic GPU, for Hopper.
+
+Computes softmax(q k^T) v for tiles of query rows (`gpu_schedule.py`) in one pass over their keys, with a
+running maximum and sum (Milakov & Gimelshein 2018; Dao et al. 2022).
+
+Grid: thread blocks, each with P pairs of an (item, key-value head). For a pair, W warpgroups compute, 64
+rows each, and one more fetches: it runs ahead of them by up to `stages` blocks of B keys.
+
+    HBM        q, pages, results; the page table and the items, read as scalars.
+    SMEM       a pair has q [64 W, D], its stages of keys and of values [B, D] each, and float32 results
+               [64 W, D] where they are to be merged. At D = 128 and 16 bits: decode (P 2, W 1, B 64, 2
+               stages) 2 x (16 + 64 + 32) KiB, prefill (P 1, W 2, B 128, 2 stages) 32 + 128 KiB; of 227.
+    registers  of a computing warpgroup: logits [64, B] and the weighted sum of values [64, D], float32,
+               and the maximum and sum of each row.
+
+Why it cannot race: the fetching warpgroup has a block copied (TMA) into a stage, whose `ready` barrier
+passes when the bytes are there; a computing warpgroup reads the stage after that, and arrives at `free`
+when its wgmma is done; the fetching warpgroup copies into the stage again after all have arrived. Every
+pair writes results that no other one writes; what it reads, nobody writes.
+
+Keys at `stop` and after it may hold anything, NaN included. Their logits are replaced; but a value is
+multiplied with its weight of zero, so the fetching warpgroup zeroes such values before they are `ready`.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.ragged_paged_attention import gpu_schedule as schedule
+
+LOG2E = math.log2(math.e)
+# Stands for minus infinity, whose difference with itself would be NaN.
+MASKED = -0.7 * float(np.finfo(np.float32).max)
+
+MATRIX = plgpu.Layout.WGMMA
+ROWS = plgpu.Layout.WGMMA.reduce(1)
+
+
+def _across(rows: jax.Array, like: jax.Array) -> jax.Array:
+    """[64] to [64, n]."""
+    return lax.broadcast_in_dim(rows, like.shape, [0])
+
+
+def _load(ref: Any, layout: Any) -> jax.Array:
+    # Until JAX 0.10 the index was not optional.
+    return plgpu.load(ref, layout=layout, optimized=False)  # type: ignore[call-arg]
+
+
+def _swizzled_columns(columns: int, dtype: Any) -> int:
+    """How many columns TMA and wgmma take as one: up to 128 bytes."""
+    bits = jnp.dtype(dtype).itemsize * 8
+    return plgpu.find_swizzle(columns * bits) * 8 // bits
+
+
+def _shared(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Matrices in shared memory in the form that TMA writes and wgmma reads."""
+    columns, itemsize = _swizzled_columns(shape[-1], dtype), jnp.dtype(dtype).itemsize
+    transforms = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(columns * itemsize))
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def _registers(warpgroups: int, head_dim: int) -> tuple[int, int] | None:
+    """Of a thread that fetches and of one that computes; None is an even share, of up to 255."""
+    if warpgroups == 2:
+        return None
+    if warpgroups == 3:
+        return (40, 232) if head_dim > 128 else (56, 224)
+    return 56, 200
+
+
+def attend_tiles(
+    q: jax.Array,
+    kv_pages: jax.Array,
+    layer: jax.Array,
+    page_table: jax.Array,
+    items: jax.Array,
+    begin: jax.Array,
+    end: jax.Array,
+    *,
+    position: jax.Array | None = None,
+    slopes: jax.Array | None = None,
+    sinks: jax.Array | None = None,
+    factors: jax.Array | None = None,
+    scale: float,
+    soft_cap: float | None,
+    tiling: schedule.Tiling,
+    out_dtype: Any,
+    interpret: Any = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention of every item.
+
+    Args:
+        q: [tiles, kv_heads, r, D], the first r rows of every tile, r a multiple of 8; the others may hold
+            anything.
+        kv_pages: [layers, pages, page_size, 2 * kv_heads, D].
+        layer: int32[1].
+        page_table: int32[S, P].
+        items: int32[items, 7], see `schedule.Work`.
+        begin, end: int32[tiles, R] the keys that each row sees.
+        position, slopes: int32[tiles, R] and float32[kv_heads, tiles, R], for ALiBi.
+        sinks: float32[kv_heads, tiles, R].
+        factors: float32[2], of keys and of values.
+        interpret: `plgpu.InterpretGPUParams` to simulate the kernel on a CPU.
+
+    Returns:
+        (out [items, kv_heads, r, D], lse float32[items, kv_heads, R]). Items without keys are not written.
+    """
+    _, kv_heads, given, head_dim = q.shape
+    layers, pages, page_size = kv_pages.shape[:3]
+    keys, stages, warpgroups, pairs = tiling.keys, tiling.stages, tiling.warpgroups, tiling.pairs
+    units = items.shape[0] * kv_heads
+    copies = max(1, keys // page_size)
+    copy_keys = keys // copies
+    given_rows = min(given, 64)
+    own_out = out_dtype != q.dtype
+    # All pages' rows one under another leave TMA two dimensions to deal with.
+    flat_pages = kv_pages.reshape(layers * pages * page_size, 2 * kv_heads * head_dim)
+    optional = {"position": position, "slopes": slopes, "sinks": sinks, "factors": factors}
+    optional = {name: array for name, array in optional.items() if array is not None}
+
+    def body(
+        q_ref: Any, kv_ref: Any, layer_ref: Any, table_ref: Any, items_ref: Any, begin_ref: Any, end_ref: Any,
+        optional_refs: dict[str, Any], out_ref: Any, lse_ref: Any, *scoped: Any,
+    ) -> None:  # fmt: skip
+        thread = lax.axis_index("warpgroup")
+        pair, role = lax.div(thread, warpgroups + 1), lax.rem(thread, warpgroups + 1)
+        unit = lax.axis_index("block") * pairs + pair
+        # Items of long context come last in a sequence; they start first, not to be waited for at the end.
+        item = items.shape[0] - 1 - lax.div(jnp.minimum(unit, units - 1), kv_heads)
+        head = lax.rem(unit, kv_heads)
+        start, stop = items_ref[item, schedule.START], items_ref[item, schedule.STOP]
+        blocks = jnp.where(unit < units, lax.div(stop - start + (keys - 1), keys), 0)
+        q_smem, k_smem, v_smem, q_ready, k_ready, v_ready, k_free, v_free, tail = scoped[:9]
+        out_smem = scoped[9] if own_out else q_smem
+
+        def fetch() -> None:
+            sequence = items_ref[item, schedule.SEQUENCE]
+            last_page = lax.div(stop - 1, page_size)
+            layer_row = layer_ref[0] * (pages * page_size)
+
+            def block(i: jax.Array, _: None) -> None:
+                stage = pair * stages + lax.rem(i, stages)
+                first = start + i * keys
+                # Past the last page the table may say anything: the last one is read again, and masked.
+                entries = [jnp.minimum(lax.div(first, page_size) + j, last_page) for j in range(copies)]
+                rows = [layer_row + table_ref[sequence, entry] * page_size for entry in entries]
+                if copies == 1:
+                    rows = [rows[0] + lax.rem(first, page_size)]
+
+                def copy(column: jax.Array, smem: Any, barrier: Any) -> None:
+                    columns = pl.ds(pl.multiple_of(column * head_dim, 16), head_dim)
+                    for j, row in enumerate(rows):
+                        source = kv_ref.at[pl.ds(pl.multiple_of(row, 8), copy_keys), columns]
+                        target = smem.at[stage, pl.ds(j * copy_keys, copy_keys)]
+                        plgpu.copy_gmem_to_smem(source, target, barrier)
+
+                def copy_and_clean() -> None:
+                    copy(2 * head + 1, v_smem, tail.at[pair])
+                    plgpu.barrier_wait(tail.at[pair])
+                    width = _swizzled_columns(head_dim, q.dtype)
+                    # Few registers: a part of the matrix at a time.
+                    for row, column in itertools.product(range(0, keys, 64), range(0, head_dim, width)):
+                        part = v_smem.at[stage, pl.ds(row, 64), pl.ds(column, width)]
+                        values = _load(part, MATRIX)
+                        at = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=MATRIX)
+                        part[...] = jnp.where(at < stop - first - row, values, jnp.zeros_like(values))
+                    plgpu.commit_smem()
+                    for _ in range(copies):
+                        plgpu.barrier_arrive(v_ready.at[stage])
+
+                pl.when(i >= stages)(lambda: plgpu.barrier_wait(k_free.at[stage]))
+                copy(2 * head, k_smem, k_ready.at[stage])
+                pl.when(i >= stages)(lambda: plgpu.barrier_wait(v_free.at[stage]))
+                is_tail = first + keys > stop
+                pl.when(is_tail)(copy_and_clean)
+                pl.when(jnp.logical_not(is_tail))(lambda: copy(2 * head + 1, v_smem, v_ready.at[stage]))
+
+            def drain(i: jax.Array, _: None) -> None:
+                stage = pair * stages + lax.rem(i, stages)
+                plgpu.barrier_wait(k_free.at[stage])
+                plgpu.barrier_wait(v_free.at[stage])
+
+            lax.fori_loop(0, blocks, block, None)
+            # No arrival is left on its way when the thread block ends.
+            lax.fori_loop(jnp.maximum(blocks - stages, 0), blocks, drain, None)
+
+        def compute() -> None:
+            tile = items_ref[item, schedule.TILE]
+            own, ready = pl.ds(role * 64, 64), q_ready.at[pair * warpgroups + role]
+            q_own, out_own = q_smem.at[pair, own], out_smem.at[pair, own]
+            here, there = pl.ds(0, given_rows), pl.ds(role * 64, given_rows)
+            plgpu.copy_gmem_to_smem(q_ref.at[tile, head, there], q_own.at[here], ready)
+
+            def of_rows(ref: Any) -> jax.Array:
+                return _load(ref.at[own], ROWS)
+
+            most = plgpu.layout_cast(jnp.full((64,), MASKED, jnp.float32), ROWS)
+            mass = plgpu.layout_cast(jnp.zeros((64,), jnp.float32), ROWS)
+            # Logits are kept in units of `unit`. Scaling them before the maximum is taken would let the
+            # compiler round the difference from it otherwise than the maximum, by more than 1 where they
+            # are huge.
+            product_scale = scale * (1.0 if factors is None else optional_refs["factors"][0])
+            unit = product_scale if soft_cap is None else 1.0
+            if sinks is not None:
+                # A sink is a key with no value, that the first piece of a tile begins with.
+                is_first = jnp.broadcast_to(items_ref[item, schedule.PIECE] == 0, (64,))
+                sink = jnp.maximum(of_rows(optional_refs["sinks"].at[head, tile]) / unit, MASKED)
+                most = jnp.where(is_first, sink, most)
+                mass = jnp.where(is_first, jnp.ones_like(mass), mass)
+            if slopes is not None:
+                row_position = of_rows(optional_refs["position"].at[tile])
+                row_slope = of_rows(optional_refs["slopes"].at[head, tile]) / unit
+            plgpu.barrier_wait(ready)
+
+            def block(i: jax.Array, carry: Any, masked: bool) -> Any:
+                total, most, mass = carry
+                stage = pair * stages + lax.rem(i, stages)
+                plgpu.barrier_wait(k_ready.at[stage])
+
+                def multiply(acc: Any) -> jax.Array:
+                    plgpu.wgmma(acc, q_own, k_smem.at[stage].transpose((1, 0)))
+                    return acc[...]
+
+                logits = pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((64, keys), jnp.float32))
+                plgpu.barrier_arrive(k_free.at[stage])
+                if soft_cap is not None:
+                    # tanh through exp2: the hardware's own tanh is good to 11 bits.
+                    squared = jnp.exp2(logits * (product_scale * (2 * LOG2E / soft_cap)))
+                    logits = soft_cap * (1 - 2 / (1 + squared))
+                if masked or slopes is not None:
+                    key = plgpu.broadcasted_iota(jnp.int32, logits.shape, 1, layout=MATRIX)
+                    key = key + (start + i * keys)
+                if slopes is not None:
+                    distance = (key - _across(row_position, key)).astype(jnp.float32)
+                    logits = logits + _across(row_slope, logits) * distance
+                if masked:
+                    # Read here, for the registers that they would take in the blocks that need no mask.
+                    row_begin, row_end = of_rows(begin_ref.at[tile]), of_rows(end_ref.at[tile])
+                    seen = (key >= _across(row_begin, key)) & (key < _across(row_end, key))
+                    logits = jnp.where(seen, logits, MASKED)
+                new_most = jnp.maximum(most, logits.max(axis=1))
+                fade = jnp.exp2((most - new_most) * (unit * LOG2E))
+                weights = jnp.exp2((logits - _across(new_most, logits)) * (unit * LOG2E))
+                mass = mass * fade + weights.sum(axis=1)
+                total = total * _across(fade, total)
+                weights = weights.astype(q.dtype)
+                plgpu.barrier_wait(v_ready.at[stage])
+                if interpret is None:
+                    accumulate = pl.run_state(lambda acc: plgpu.wgmma(acc, weights, v_smem.at[stage]))
+                    total = accumulate(plgpu.WGMMAAccumulatorRef.init(total))
+                else:
+                    # The simulator has no wgmma whose left operand is in registers.
+                    total += jnp.dot(weights, v_smem[stage], preferred_element_type=jnp.float32)
+                    plgpu.commit_smem()
+                plgpu.barrier_arrive(v_free.at[stage])
+                return total, new_most, mass
+
+            carry = plgpu.layout_cast(jnp.zeros((64, head_dim), jnp.float32), MATRIX), most, mass
+            full_start, full_stop = items_ref[item, schedule.FULL_START], items_ref[item, schedule.FULL_STOP]
+            carry = lax.fori_loop(0, full_start, functools.partial(block, masked=True), carry)
+            carry = lax.fori_loop(full_start, full_stop, functools.partial(block, masked=False), carry)
+            total, most, mass = lax.fori_loop(full_stop, blocks, functools.partial(block, masked=True), carry)
+
+            lse_ref[item, head, own] = most * unit + jnp.log(mass)
+            v_factor = 1.0 if factors is None else optional_refs["factors"][1]
+            out_own[...] = (total * _across(v_factor / mass, total)).astype(out_dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(out_own.at[here], out_ref.at[item, head, there])
+            plgpu.wait_smem_to_gmem(0)
+
+        registers = _registers(tiling.threads, head_dim)
+
+        @pl.when((blocks > 0) & (role == warpgroups))
+        def _() -> None:
+            if registers is not None:
+                plgpu.set_max_registers(registers[0], action="decrease")
+            fetch()
+
+        @pl.when((blocks > 0) & (role < warpgroups))
+        def _() -> None:
+            if registers is not None:
+                plgpu.set_max_registers(registers[1], action="increase")
+            compute()
+
+    kernel = plgpu.kernel(
+        body,
+        out_type=(
+            jax.ShapeDtypeStruct((items.shape[0], kv_heads, given, head_dim), out_dtype),
+            jax.ShapeDtypeStruct((items.shape[0], kv_heads, tiling.rows), jnp.float32),
+        ),
+        scratch_types=(
+            _shared((pairs, tiling.rows, head_dim), q.dtype),
+            _shared((pairs * stages, keys, head_dim), q.dtype),
+            _shared((pairs * stages, keys, head_dim), q.dtype),
+            plgpu.Barrier(num_barriers=pairs * warpgroups),
+            plgpu.Barrier(num_barriers=pairs * stages, num_arrivals=copies),
+            plgpu.Barrier(num_barriers=pairs * stages, num_arrivals=copies),
+            plgpu.Barrier(num_barriers=pairs * stages, num_arrivals=warpgroups),
+            plgpu.Barrier(num_barriers=pairs * stages, num_arrivals=warpgroups),
+            plgpu.Barrier(num_barriers=pairs, num_arrivals=copies),
+            *([_shared((pairs, tiling.rows, head_dim), out_dtype)] if own_out else []),
+        ),
+        grid=(-(-units // pairs),),
+        grid_names=("block",),
+        num_threads=tiling.threads,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=interpret,
+    )
+    out, lse = kernel(q, flat_pages, layer, page_table, items, begin, end, optional)
+    return out, lse

@@ -1,0 +1,177 @@
+"""Which query rows make up a tile, and which keys a warpgroup reads for it.
+
+A row is one query head of one token. The rows of a sequence that share a key-value head are packed into
+tiles, so that one read of a key serves the whole group of query heads and, in a prefill, many tokens.
+What a row may see (causality, window, spans, padding) is reduced here to an interval of keys: the kernel
+knows nothing else of masks. All of it is a few integers a row, worked out by XLA; none of it depends on
+the layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.ragged_paged_attention.options import AttentionOptions
+
+# Columns of Work.items.
+TILE, SEQUENCE, START, STOP, FULL_START, FULL_STOP, PIECE = range(7)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How the work is cut, and what of it a thread block does at a time.
+
+    Attributes:
+        warpgroups: warpgroups that compute one tile, 64 rows each.
+        pairs: tiles (of two key-value heads or two items) that a thread block works on side by side.
+        keys: keys that are multiplied at a time, a block; 64 or 128.
+        stages: blocks of keys and of values in flight.
+        splits: about how many pieces all keys of a batch are cut into, so that few long sequences
+            still fill the device; 0 leaves the keys of a tile whole.
+        pieces: the most pieces that the keys of one tile are cut into.
+    """
+
+    warpgroups: int = 1
+    pairs: int = 1
+    keys: int = 64
+    stages: int = 2
+    splits: int = 0
+    pieces: int = 1
+
+    @property
+    def rows(self) -> int:
+        """Rows of a tile."""
+        return 64 * self.warpgroups
+
+    @property
+    def threads(self) -> int:
+        """Warpgroups of a thread block: those that compute, and one for each pair that fetches."""
+        return self.pairs * (self.warpgroups + 1)
+
+    @property
+    def is_split(self) -> bool:
+        return self.splits > 0 and self.pieces > 1
+
+
+class Tiles(NamedTuple):
+    """Rows cut into tiles of R; where a sequence's rows do not fill a tile, the last one is repeated.
+
+    Attributes:
+        token, group_head: int32[tiles, R] packed token, and query head within its group, of a row.
+        position: int32[tiles, R] position of the row's token in its sequence.
+        begin, end: int32[tiles, R] the row sees the keys [begin, end).
+        sequence: int32[tiles].
+        used: bool[tiles].
+        first: int32[S] first tile of a sequence.
+    """
+
+    token: jax.Array
+    group_head: jax.Array
+    position: jax.Array
+    begin: jax.Array
+    end: jax.Array
+    sequence: jax.Array
+    used: jax.Array
+    first: jax.Array
+
+
+class Work(NamedTuple):
+    """What each warpgroup does.
+
+    Attributes:
+        items: int32[items, 7] tile, sequence, first key (aligned to a page, or within one to a block),
+            one past the last key, the range of blocks (counted from the first key) whose keys all rows
+            see, and the piece of the tile that this is. Items without work have no keys.
+        first: int32[tiles] first item of a tile.
+        pieces: int32[tiles] items of a tile.
+    """
+
+    items: jax.Array
+    first: jax.Array
+    pieces: jax.Array
+
+
+def count_tiles(tokens: int, sequences: int, group: int, rows: int, decode_only: bool) -> int:
+    """The most tiles that a batch can have."""
+    if decode_only:
+        return sequences * -(-group // rows)
+    return (tokens * group + sequences * (rows - 1)) // rows
+
+
+def cut_rows(
+    num_tokens: int,
+    seq_lens: jax.Array,
+    query_starts: jax.Array,
+    group: int,
+    rows: int,
+    num_tiles: int,
+    options: AttentionOptions,
+) -> Tiles:
+    """Cuts the rows of every sequence into tiles.
+
+    Args:
+        num_tokens: T, of which the last may be padding.
+        seq_lens: int32[S].
+        query_starts: int32[S + 1].
+        group: query heads of a key-value head.
+        rows: R, rows of a tile.
+        num_tiles: tiles to return; those past the last one needed are unused.
+    """
+    queries = query_starts[1:] - query_starts[:-1]
+    last = jnp.cumsum(-(-queries * group // rows), dtype=jnp.int32)
+    first = last + queries * group // -rows
+    tile = jnp.arange(num_tiles, dtype=jnp.int32)
+    sequence = jnp.searchsorted(last, tile, side="right", method="compare_all").astype(jnp.int32)
+    sequence = jnp.minimum(sequence, seq_lens.shape[0] - 1)
+
+    row = (tile - first[sequence])[:, None] * rows + jnp.arange(rows, dtype=jnp.int32)
+    row = jnp.clip(row, 0, jnp.maximum(queries[sequence] * group - 1, 0)[:, None])
+    token = jnp.minimum(query_starts[sequence][:, None] + row // group, num_tokens - 1)
+    position = (seq_lens - queries)[sequence][:, None] + row // group
+    end = position + 1
+    if options.span_ends is not None:
+        end = jnp.maximum(end, jnp.minimum(options.span_ends[token], seq_lens[sequence][:, None]))
+    begin = jnp.zeros_like(position)
+    if options.window is not None:
+        begin = jnp.maximum(position + 1 - options.window, 0)
+    return Tiles(token, row % group, position, begin, end, sequence, tile < last[-1], first)
+
+
+def cut_keys(tiles: Tiles, tiling: Tiling, page_size: int) -> Work:
+    """Gives every tile its keys, in one piece or, where `tiling` says so, in several of like length."""
+    align = min(tiling.keys, page_size)
+    start = tiles.begin.min(axis=1) // align * align
+    stop = tiles.end.max(axis=1)
+    blocks = jnp.where(tiles.used, -(-(stop - start) // tiling.keys), 0)
+    num_tiles = blocks.shape[0]
+    if tiling.is_split:
+        # A piece shorter than a few blocks costs more in merging than it gains.
+        length = jnp.maximum(-(-blocks.sum() // tiling.splits), 4)
+        pieces = jnp.minimum(-(-blocks // length), tiling.pieces)
+        length = -(-blocks // jnp.maximum(pieces, 1))
+        pieces = -(-blocks // jnp.maximum(length, 1))
+        # Sum of ceil(blocks / length) <= tiles + sum of blocks / length <= tiles + splits.
+        item = jnp.arange(min(num_tiles + tiling.splits, num_tiles * tiling.pieces), dtype=jnp.int32)
+        ends = jnp.cumsum(pieces, dtype=jnp.int32)
+        tile = jnp.searchsorted(ends, item, side="right", method="compare_all").astype(jnp.int32)
+        tile = jnp.minimum(tile, num_tiles - 1)
+        first = ends - pieces
+        piece = item - first[tile]
+        keys = length[tile] * tiling.keys
+        begin = start[tile] + piece * keys
+        stop = jnp.minimum(stop[tile], begin + keys)
+        used = item < ends[-1]
+    else:
+        tile = first = jnp.arange(num_tiles, dtype=jnp.int32)
+        pieces, piece, begin, used = jnp.ones_like(tile), jnp.zeros_like(tile), start, tiles.used
+    begin, stop = jnp.where(used, begin, 0), jnp.where(used, stop, 0)
+    blocks = -(-(stop - begin) // tiling.keys)
+    full_start = jnp.clip(-(-(tiles.begin.max(axis=1)[tile] - begin) // tiling.keys), 0, blocks)
+    full_stop = (jnp.minimum(tiles.end.min(axis=1)[tile], stop) - begin) // tiling.keys
+    full_stop = jnp.clip(full_stop, full_start, blocks)
+    columns = [tile, tiles.sequence[tile], begin, stop, full_start, full_stop, piece]
+    return Work(jnp.stack(columns, axis=1).astype(jnp.int32), first, pieces)

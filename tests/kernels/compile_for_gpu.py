@@ -1,0 +1,148 @@
+"""Compiles three layers over the gpu backend for a GPU that is not here, and says what came of it.
+
+python -m tests.kernels.compile_for_gpu h200 [name ...]     prints a line of JSON for every case
+
+Needs the CUDA plugin of JAX and ptxas, but neither a GPU nor its driver:
+    pip install --no-deps jax-cuda12-plugin==V jax-cuda12-pjrt==V nvidia-cuda-nvcc-cu12    (V: JAX's version)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Before JAX is imported: the plugin would look for a driver, and Mosaic is to print what ptxas says.
+os.environ.update(JAX_PLATFORMS="cpu", JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1", MOSAIC_GPU_DUMP_PTXAS="1")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from pallas_kernels.ragged_paged_attention import gpu
+from pallas_kernels.ragged_paged_attention.options import AttentionOptions
+from pallas_kernels.ragged_paged_attention.shapes import LAYERS, LayerShape
+
+NUM_LAYERS, NUM_PAGES = 3, 4096
+
+
+@dataclass(frozen=True)
+class Case:
+    layer: LayerShape
+    decode_only: bool
+    page_size: int
+    num_seqs: int = 64
+    dtype: Any = jnp.bfloat16
+    cache_dtype: Any = None
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_seqs if self.decode_only else 2048
+
+
+CASES = {
+    **{f"{name}, decode": Case(layer, True, 64) for name, layer in LAYERS.items()},
+    **{f"{name}, mixed": Case(layer, False, 64) for name, layer in LAYERS.items()},
+    "pages of 16, decode": Case(LAYERS["llama-3.1-8b"], True, 16),
+    "pages of 16, mixed": Case(LAYERS["llama-3.1-8b"], False, 16),
+    "pages of 256, mixed": Case(LAYERS["llama-3.1-8b"], False, 256),
+    "a lone decode": Case(LAYERS["llama-3.1-8b"], True, 64, num_seqs=1),
+    "float16, mixed": Case(LAYERS["llama-3.1-8b"], False, 64, dtype=jnp.float16),
+}
+
+
+def compile_case(case: Case, device: Any) -> dict[str, Any]:
+    """What ptxas and XLA say of three layers whose keys depend on the layer before."""
+    layer, dtype = case.layer, case.dtype
+    mesh = Mesh(np.array([device]), ("device",))
+
+    def array(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+
+    tokens, seqs, kv_heads = case.num_tokens, case.num_seqs, layer.kv_heads
+    cache_shape = (NUM_LAYERS, NUM_PAGES, case.page_size, 2 * kv_heads, layer.head_dim)
+    cache = array(*cache_shape, dtype=case.cache_dtype or dtype)
+    arrays: dict[str, Any] = {}
+    if layer.sinks:
+        arrays["sinks"] = array(layer.heads, dtype=jnp.float32)
+    if layer.alibi:
+        arrays["alibi_slopes"] = array(layer.heads, dtype=jnp.float32)
+    if layer.spans:
+        arrays["span_ends"] = array(tokens)
+    if case.cache_dtype is not None:
+        arrays["k_scale"] = arrays["v_scale"] = array(dtype=jnp.float32)
+
+    def layers(x: Any, kv_pages: Any, arrays: dict[str, Any], *batch: Any) -> Any:
+        options = AttentionOptions(
+            scale=layer.head_dim**-0.5,
+            window=layer.window,
+            soft_cap=layer.soft_cap,
+            decode_only=case.decode_only,
+            **arrays,
+        )
+
+        def one(index: Any, carry: Any) -> Any:
+            x, kv_pages = carry
+            k, v = jnp.tanh(x[:, :kv_heads]), jnp.sin(x[:, :kv_heads])
+            out, kv_pages, _ = gpu.attend(x, k, v, kv_pages, index, *batch, options)
+            return x + out, kv_pages
+
+        return jax.lax.fori_loop(0, NUM_LAYERS, one, (x, kv_pages))
+
+    x = array(tokens, layer.heads, layer.head_dim, dtype=dtype)
+    batch = array(seqs, 256), array(seqs), array(seqs + 1)
+    with printed() as text, jax.set_mesh(mesh):
+        compiled = jax.jit(layers, donate_argnums=1).lower(x, cache, arrays, *batch).compile()
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    name = {"bfloat16": "bf16", "float16": "f16"}.get(cache.dtype.name, cache.dtype.name)
+    shape = re.escape(f"{name}[{','.join(map(str, cache_shape))}]")
+    copies = rf"= {shape}\S* (copy|transpose|convert|copy-start)\(|= {shape}\S* fusion\(.*calls=\S*copy"
+    return {
+        "spilled_bytes": sum(map(int, re.findall(r"(\d+) bytes spill stores", text[0]))),
+        "registers": max(map(int, re.findall(r"Used (\d+) registers", text[0])), default=0),
+        "cache_copies": len(re.findall(copies, compiled.as_text())),
+        "cache_bytes": int(np.prod(cache_shape)) * cache.dtype.itemsize,
+        "temporary_bytes": memory.temp_size_in_bytes,
+    }
+
+
+@contextmanager
+def printed() -> Iterator[list[str]]:
+    """What compiled code prints to the process's standard output and error; complete at the end."""
+    text: list[str] = []
+    sys.stdout.flush()
+    kept = [os.dup(1), os.dup(2)]
+    with tempfile.TemporaryFile("w+b") as file:
+        try:
+            for stream in (1, 2):
+                os.dup2(file.fileno(), stream)
+            yield text
+        finally:
+            for stream, old in zip((1, 2), kept, strict=True):
+                os.dup2(old, stream)
+                os.close(old)
+            file.seek(0)
+            text.append(file.read().decode(errors="replace"))
+
+
+def main() -> None:
+    target, *names = sys.argv[1:]
+    config = (Path(__file__).parent / "targets" / f"{target}.txtpb").read_text()
+    topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=config)
+    for name in names or CASES:
+        report = compile_case(CASES[name], topology.devices[0])
+        print(json.dumps({"name": name, **report}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

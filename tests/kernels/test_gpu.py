@@ -1,0 +1,209 @@
+"""The GPU kernel in the Mosaic GPU interpreter, with race detection, against float64; its schedule alone."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels.ragged_paged_attention import gpu, gpu_schedule
+from pallas_kernels.ragged_paged_attention.gpu_schedule import Tiling
+from pallas_kernels.ragged_paged_attention.options import AttentionOptions
+from tests.kernels.oracle import TOLERANCE, check, oracle
+from tests.kernels.ragged_batches import Batch, Shape, random_batch
+
+interpreted = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="JAX interprets Mosaic GPU kernels from 0.11 on"
+)
+
+Decodes = functools.partial(Shape, dtype=jnp.bfloat16, decode_only=True, lse=True)
+Mixed = functools.partial(Shape, dtype=jnp.bfloat16, lse=True)
+TWO_TILES = Tiling(pairs=2)
+SPLIT = Tiling(pairs=2, splits=4, pieces=3)
+WIDE = Tiling(warpgroups=2, keys=128)
+
+CASES: dict[str, tuple[Shape, Tiling]] = {
+    "decodes": (Decodes(8, 2, 64, 16, 20, 3, 3), TWO_TILES),
+    "decodes, keys split": (Decodes(8, 2, 64, 64, 8, 4, 4), SPLIT),
+    "decodes, one head": (Decodes(4, 1, 128, 16, 20, 3, 3), SPLIT),
+    "decodes, odd number of pairs": (Decodes(3, 3, 32, 32, 6, 3, 3), TWO_TILES),
+    "decodes, one to a thread block": (Decodes(4, 2, 256, 16, 8, 2, 2), Tiling(splits=3, pieces=2)),
+    "decodes, more heads than a tile has rows": (Decodes(71, 1, 16, 64, 3, 2, 2), SPLIT),
+    "decodes, all options": (
+        Decodes(6, 3, 64, 16, 20, 4, 4, window=150, sinks=True, soft_cap=5.0, alibi=True),
+        SPLIT,
+    ),
+    "decodes, float16": (Decodes(8, 2, 64, 16, 10, 2, 2, dtype=jnp.float16), SPLIT),
+    "mixed": (Mixed(6, 2, 64, 16, 20, 4, 100, longest=60), WIDE),
+    "mixed, keys split": (Mixed(6, 2, 64, 16, 20, 4, 60, longest=60), SPLIT),
+    "mixed, window": (Mixed(4, 2, 64, 8, 50, 4, 80, longest=60, window=70), WIDE),
+    "mixed, sinks and spans": (Mixed(6, 2, 64, 32, 10, 4, 80, longest=60, sinks=True, spans=True), WIDE),
+    "mixed, ALiBi and soft cap": (Mixed(4, 2, 64, 128, 3, 3, 60, longest=40, alibi=True, soft_cap=9.0), WIDE),
+    "mixed, head_dim 80, page of 256": (Mixed(4, 2, 80, 256, 2, 3, 40, longest=30), WIDE),
+    "mixed, head_dim 256": (Mixed(2, 1, 256, 64, 4, 3, 80, longest=60), Tiling(warpgroups=2)),
+}
+
+
+def run(batch: Batch, shape: Shape, tiling: Tiling | None) -> tuple[np.ndarray, ...]:
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    options = AttentionOptions(
+        scale=shape.scale,
+        window=shape.window,
+        soft_cap=shape.soft_cap,
+        decode_only=shape.decode_only,
+        return_lse=shape.lse,
+        **{name: jnp.asarray(array) for name, array in batch.array_options.items()},
+    )
+    interpret = plgpu.InterpretGPUParams(detect_races=True)
+    attend = jax.jit(functools.partial(gpu.attend, tiling=tiling, interpret=interpret))
+    return tuple(np.asarray(x) for x in attend(*batch.operands, options))
+
+
+@interpreted
+@pytest.mark.parametrize("name", CASES)
+def test_matches_the_definition(name: str) -> None:
+    shape, tiling = CASES[name]
+    batch = random_batch(shape, seed=0, logit_size=(1.0, 8.0)[len(name) % 2])
+    out, cache, lse = run(batch, shape, tiling)
+    if shape.dtype == jnp.float16:
+        exact, _, _ = oracle(batch, shape)
+        real = batch.query_starts[-1]
+        # Eight times as fine as bfloat16.
+        assert np.linalg.norm(out[:real] - exact[:real]) <= 5e-4 * np.linalg.norm(exact[:real])
+    else:
+        check(batch, shape, out, cache, lse)
+
+
+@interpreted
+@pytest.mark.parametrize("tiling", [SPLIT, TWO_TILES, WIDE], ids=str)
+def test_empty_batch_leaves_the_cache_alone(tiling: Tiling) -> None:
+    shape = Decodes(4, 2, 64, 16, 4, 4, 4)
+    full = random_batch(shape, 0, 1.0)
+    batch = replace(full, seq_lens=np.zeros(4, np.int32), query_starts=np.zeros(5, np.int32))
+    batch = replace(batch, k=np.full_like(full.k, np.nan), v=np.full_like(full.v, np.nan))
+    out, cache, _ = run(batch, shape, tiling)
+    check(batch, replace(shape, lse=False), out, cache)
+
+
+@interpreted
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_extreme_logits_stay_finite(size: float) -> None:
+    shape = Mixed(4, 2, 64, 16, 10, 3, 40, longest=30)
+    batch = random_batch(shape, 3, size)
+    out, _, _ = run(batch, shape, WIDE)
+    assert np.isfinite(out.astype(np.float32)).all()
+    if size < 1:
+        exact, _, _ = oracle(batch, shape)
+        real = batch.query_starts[-1]
+        error = np.linalg.norm(out[:real].astype(np.float64) - exact[:real])
+        assert error <= TOLERANCE[shape.dtype] * np.linalg.norm(exact[:real])
+
+
+def _shift(column: str, by: int) -> Callable[..., Any]:
+    cut_rows = gpu_schedule.cut_rows
+
+    def shifted(*args: Any) -> Any:
+        tiles = cut_rows(*args)
+        return tiles._replace(**{column: getattr(tiles, column) + by})
+
+    return shifted
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("column", "by"),
+    [("begin", 1), ("begin", -1), ("end", 1), ("end", -1), ("position", 1), ("sequence", -1)],
+)
+def test_the_check_catches(column: str, by: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = Mixed(2, 1, 64, 8, 10, 3, 40, longest=30, window=20, alibi=True)
+    batches = (random_batch(shape, seed, 1.0) for seed in itertools.count())
+    batch = next(b for b in batches if (np.diff(b.query_starts) > 4).sum() == 2 and b.seq_lens.max() > 40)
+    check(batch, shape, *run(batch, shape, WIDE))
+    monkeypatch.setattr(gpu, "cut_rows", _shift(column, by))
+    with pytest.raises(AssertionError):
+        check(batch, shape, *run(batch, shape, WIDE))
+
+
+@settings(max_examples=60)
+@given(
+    lengths=st.lists(st.tuples(st.integers(0, 900), st.integers(0, 200)), min_size=1, max_size=6),
+    group=st.sampled_from([1, 3, 8, 71]),
+    window=st.none() | st.integers(1, 300),
+    page_size=st.sampled_from([8, 64, 256]),
+    tiling=st.builds(
+        Tiling,
+        warpgroups=st.sampled_from([1, 2]),
+        keys=st.sampled_from([64, 128]),
+        splits=st.integers(0, 9),
+        pieces=st.integers(1, 9),
+    ),
+)
+def test_every_row_meets_each_of_its_keys_once(
+    lengths: list[tuple[int, int]], group: int, window: int | None, page_size: int, tiling: Tiling
+) -> None:
+    lengths = [(cached if new else 0, new) for cached, new in lengths]
+    new = np.array([n for _, n in lengths])
+    seq_lens = jnp.asarray([sum(length) for length in lengths], jnp.int32)
+    query_starts = jnp.asarray(np.concatenate([[0], np.cumsum(new)]), jnp.int32)
+    tokens = int(new.sum()) + 3
+    count = gpu_schedule.count_tiles(tokens, len(lengths), group, tiling.rows, decode_only=False)
+    options = AttentionOptions(scale=1.0, window=window)
+    tiles = gpu_schedule.cut_rows(tokens, seq_lens, query_starts, group, tiling.rows, count, options)
+    work = gpu_schedule.cut_keys(tiles, tiling, page_size)
+    tiles, work = jax.tree.map(np.asarray, (tiles, work))
+
+    assert tiles.used.sum() == sum(-(-n * group // tiling.rows) for n in new)
+    rows = {
+        (t, g) for t, g in zip(tiles.token[tiles.used].flat, tiles.group_head[tiles.used].flat, strict=True)
+    }
+    assert rows == set(itertools.product(range(new.sum()), range(group)))
+    for tile in np.flatnonzero(tiles.used):
+        first = work.first[tile]
+        items = work.items[first : first + work.pieces[tile]]
+        assert 1 <= len(items) <= max(1, tiling.pieces)
+        assert (items[:, gpu_schedule.TILE] == tile).all()
+        assert (items[:, gpu_schedule.SEQUENCE] == tiles.sequence[tile]).all()
+        assert (items[:, gpu_schedule.PIECE] == np.arange(len(items))).all()
+        starts, stops = items[:, gpu_schedule.START], items[:, gpu_schedule.STOP]
+        assert (starts[1:] == stops[:-1]).all() and (starts < stops).all()
+        assert starts[0] <= tiles.begin[tile].min() and stops[-1] == tiles.end[tile].max()
+        assert (starts % min(tiling.keys, page_size) == 0).all()
+        assert starts[0] // page_size == tiles.begin[tile].min() // page_size
+        for start, full, full_stop in zip(
+            starts, items[:, gpu_schedule.FULL_START], items[:, gpu_schedule.FULL_STOP], strict=True
+        ):
+            if full < full_stop:
+                assert start + full * tiling.keys >= tiles.begin[tile].max()
+                assert start + full_stop * tiling.keys <= tiles.end[tile].min()
+    idle = np.ones(len(work.items), bool)
+    for tile in np.flatnonzero(tiles.used):
+        idle[work.first[tile] : work.first[tile] + work.pieces[tile]] = False
+    assert (work.items[idle][:, gpu_schedule.START] == work.items[idle][:, gpu_schedule.STOP]).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ({"dtype": jnp.float32}, {}, r"q is float32\. Use backend='xla'"),
+        ({"cache_dtype": jnp.float32}, {}, r"kv_pages are float32"),
+        ({"head_dim": 72}, {}, r"multiple of 16 up to 256; got 72"),
+        ({"head_dim": 272}, {}, r"up to 256; got 272"),
+        ({"page_size": 4}, {}, r"page_size of 8, 16 or 32, or a multiple of 64; got 4"),
+        ({"page_size": 96}, {}, r"got 96"),
+        ({}, {"tree_mask": jnp.ones((4, 4), bool)}, r"no tree_mask"),
+    ],
+)
+def test_what_it_cannot_do_is_refused(change: dict[str, Any], options: dict[str, Any], message: str) -> None:
+    batch = random_batch(replace(Decodes(4, 2, 64, 16, 4, 4, 4), **change), 0, 1.0)
+    with pytest.raises(ValueError, match=message):
+        gpu.attend(*batch.operands, AttentionOptions(scale=1.0, decode_only=True, **options))
