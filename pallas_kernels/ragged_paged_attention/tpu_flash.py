@@ -209,7 +209,8 @@ class FlashTile:
             for word in range(words.shape[0]):
                 bit = jnp.clip(column - 32 * word, 0, 31)
                 allowed = (lax.shift_right_logical(jnp.broadcast_to(of_rows(word), shape), bit) & 1) == 1
-                visible = jnp.where((column >= 32 * word) & (column < 32 * word + 32), allowed, visible)
+                of_word = (column >= 32 * word) & (column < 32 * word + 32)
+                visible = (of_word & allowed) | (~of_word & visible)
         if self.row_words is not None:
             visible &= key < tile.key_end - first_key
         return distance, visible
