@@ -1,0 +1,34 @@
+"""The scheduler on a virtual clock: an hour of traffic in seconds, under any policy. No JAX.
+
+The scheduler, the block pool, the prefix cache and the policy are those that serve. Only the device
+is missing: a cost model says how long a step would take on it.
+"""
+
+from __future__ import annotations
+
+from jaxllm.scheduling.simulator.costs import CostModel, FittedCost, ModelFigures, RooflineCost
+from jaxllm.scheduling.simulator.devices import DEVICES, Device
+from jaxllm.scheduling.simulator.metrics import Summary, summarize
+from jaxllm.scheduling.simulator.simulate import RequestRecord, Simulation, StepRecord, simulate
+from jaxllm.scheduling.simulator.trace import TracedRequest, read_trace, write_trace
+from jaxllm.scheduling.simulator.workloads import WORKLOADS, make_workload
+
+__all__ = [
+    "DEVICES",
+    "WORKLOADS",
+    "CostModel",
+    "Device",
+    "FittedCost",
+    "ModelFigures",
+    "RequestRecord",
+    "RooflineCost",
+    "Simulation",
+    "StepRecord",
+    "Summary",
+    "TracedRequest",
+    "make_workload",
+    "read_trace",
+    "simulate",
+    "summarize",
+    "write_trace",
+]

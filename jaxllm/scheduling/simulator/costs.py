@@ -1,0 +1,205 @@
+"""How long a step would take: from what a model computes and a device can do, or from recorded steps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from jaxllm.scheduling.plan import Plan
+from jaxllm.scheduling.simulator.devices import Device
+
+
+class StepFeatures(NamedTuple):
+    """What the time of a step depends on.
+
+    Attributes:
+        num_tokens: tokens computed.
+        num_seqs: requests among which they are.
+        num_samples: requests whose next token is sampled.
+        context: positions whose keys and values are read, over requests.
+        attended: pairs of a query and a position that it sees, over requests.
+    """
+
+    num_tokens: int
+    num_seqs: int
+    num_samples: int
+    context: int
+    attended: int
+
+    @classmethod
+    def of(cls, plan: Plan, window: int | None = None) -> StepFeatures:
+        """Those of a plan.
+
+        Args:
+            window: positions that a query sees at most.
+        """
+        context = attended = num_samples = 0
+        for _, start, num_tokens, samples in plan.scheduled:
+            end = start + num_tokens
+            num_samples += samples
+            if window is None:
+                context += end
+                attended += num_tokens * start + num_tokens * (num_tokens + 1) // 2
+            else:
+                context += min(end, window + num_tokens - 1)
+                attended += _attended_in_window(start, num_tokens, window)
+        return cls(plan.num_tokens, len(plan.scheduled), num_samples, context, attended)
+
+
+def _attended_in_window(start: int, num_tokens: int, window: int) -> int:
+    growing = min(max(window - start, 0), num_tokens)  # queries that still see everything
+    return growing * start + growing * (growing + 1) // 2 + (num_tokens - growing) * window
+
+
+class CostModel(Protocol):
+    """Says how long a step takes."""
+
+    def seconds(self, plan: Plan) -> float:
+        """Time on the device from the start of a step to its end."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFigures:
+    """Sizes of a decoder that the cost of a step follows from.
+
+    Attributes:
+        layer_parameters: weights of all layers that are used for each token.
+        head_parameters: weights of the product that yields the logits.
+        dtype_bytes: bytes of a weight and of a number in the cache.
+        window: positions that a query sees at most; None sees all.
+    """
+
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    layer_parameters: int
+    head_parameters: int
+    dtype_bytes: int = 2
+    window: int | None = None
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of the cache that one token takes."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype_bytes
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights, without embeddings that are only looked up."""
+        return (self.layer_parameters + self.head_parameters) * self.dtype_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class RooflineCost:
+    """The slower of arithmetic and memory (Williams et al. 2009), each at a share of its ceiling.
+
+    Attributes:
+        model: what is computed.
+        device: what it runs on.
+        num_devices: chips that share the work evenly.
+        flops_share, bandwidth_share: of the ceilings, that real kernels reach.
+        overhead: seconds that a step takes beside, for launching and communication.
+    """
+
+    model: ModelFigures
+    device: Device
+    num_devices: int = 1
+    flops_share: float = 0.6
+    bandwidth_share: float = 0.8
+    overhead: float = 1e-3
+
+    def seconds(self, plan: Plan) -> float:
+        """See `CostModel`."""
+        model, features = self.model, StepFeatures.of(plan, self.model.window)
+        products = 2 * (
+            model.layer_parameters * features.num_tokens + model.head_parameters * features.num_samples
+        )
+        attention = 4 * model.num_layers * model.num_heads * model.head_dim * features.attended
+        kv = (features.context + features.num_tokens) * model.kv_bytes_per_token
+        arithmetic = (products + attention) / (self.device.flops * self.flops_share)
+        memory = (model.weight_bytes + kv) / (self.device.bandwidth * self.bandwidth_share)
+        return max(arithmetic, memory) / self.num_devices + self.overhead
+
+
+@dataclass(frozen=True, slots=True)
+class FittedCost:
+    """A sum of the features of a step, each at its price, as recorded steps have it.
+
+    Attributes:
+        fixed: seconds of a step with nothing in it.
+        prices: seconds for one of each feature of `StepFeatures`, by name.
+        window: see `StepFeatures.of`.
+    """
+
+    fixed: float
+    prices: Mapping[str, float]
+    window: int | None = None
+
+    def seconds(self, plan: Plan) -> float:
+        """See `CostModel`."""
+        features = StepFeatures.of(plan, self.window)
+        return self.fixed + sum(
+            self.prices[name] * value for name, value in zip(features._fields, features, strict=True)
+        )
+
+    @classmethod
+    def fit(cls, steps: Sequence[tuple[StepFeatures, float]], window: int | None = None) -> FittedCost:
+        """The prices of least relative squared error, none below zero (Lawson and Hanson 1974).
+
+        Args:
+            steps: features and seconds of recorded steps.
+
+        Raises:
+            ValueError: there are fewer steps than prices.
+        """
+        names = StepFeatures._fields
+        if len(steps) <= len(names):
+            raise ValueError(f"{len(steps)} steps do not determine {len(names) + 1} prices; record more")
+        seconds = np.array([time for _, time in steps])
+        matrix = np.array([[1.0, *features] for features, _ in steps]) / seconds[:, None]
+        scale = np.abs(matrix).max(axis=0)
+        scale[scale == 0] = 1.0
+        prices = _non_negative_least_squares(matrix / scale, np.ones(len(steps))) / scale
+        return cls(float(prices[0]), dict(zip(names, map(float, prices[1:]), strict=True)), window)
+
+    def save(self, path: Path) -> None:
+        """Writes it as JSON."""
+        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> FittedCost:
+        """Reads what `save` wrote.
+
+        Raises:
+            ValueError: the file holds something else.
+        """
+        try:
+            values = json.loads(path.read_text())
+            cost = cls(float(values["fixed"]), dict(values["prices"]), values.get("window"))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is no fitted cost model ({error!r})") from error
+        if set(cost.prices) != set(StepFeatures._fields):
+            raise ValueError(f"{path} prices {sorted(cost.prices)}, not {sorted(StepFeatures._fields)}")
+        return cost
+
+
+def _non_negative_least_squares(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """min |a x - b| over x >= 0, by trying which prices are zero; there are few enough to try all."""
+    num_columns = a.shape[1]
+    best, best_error = np.zeros(num_columns), float(b @ b)
+    for subset in range(1, 1 << num_columns):
+        columns = [i for i in range(num_columns) if subset >> i & 1]
+        x, *_ = np.linalg.lstsq(a[:, columns], b, rcond=None)
+        if (x < 0).any():
+            continue
+        error = float(np.sum((a[:, columns] @ x - b) ** 2))
+        if error < best_error:
+            best, best_error = np.zeros(num_columns), error
+            best[columns] = x
+    return best

@@ -1,0 +1,300 @@
+"""The simulator: by hand where it is small, against brute force where it is not, and its own input files."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jaxllm.request import Request, SchedulingTerms
+from jaxllm.sampling_params import SamplingParams
+from jaxllm.scheduling import Plan, ScheduledRequest, load_policy
+from jaxllm.scheduling.policies import BUILT_IN
+from jaxllm.scheduling.simulator import (
+    DEVICES,
+    WORKLOADS,
+    FittedCost,
+    ModelFigures,
+    RooflineCost,
+    TracedRequest,
+    make_workload,
+    read_trace,
+    simulate,
+    summarize,
+    write_trace,
+)
+from jaxllm.scheduling.simulator.costs import StepFeatures
+from tests.scheduling.simulated_device import make_config
+
+
+class PerToken:
+    """A step takes a second, and another for every ten tokens."""
+
+    def seconds(self, plan: Plan) -> float:
+        return 1.0 + plan.num_tokens / 10
+
+
+def traced(arrival: float, prompt: int, output: int, name: int = 1, **terms: Any) -> TracedRequest:
+    return TracedRequest(arrival, ((name, prompt),), output, SchedulingTerms(**terms))
+
+
+def test_one_request_by_hand() -> None:
+    simulation = simulate([traced(2.0, 20, 3)], make_config(), PerToken())
+    [record] = simulation.requests
+    assert record.ttft == pytest.approx(3.0)
+    assert record.tpot == pytest.approx(1.1)
+    assert simulation.seconds == pytest.approx(2 + 3.0 + 1.1 + 1.1)
+    assert [step.start for step in simulation.steps] == pytest.approx([2.0, 5.0, 6.1])
+    assert [(s.num_prompt_tokens, s.num_output_tokens) for s in simulation.steps] == [(20, 0), (0, 1), (0, 1)]
+
+
+def test_who_comes_while_a_step_runs_waits_for_those_that_are_planned() -> None:
+    trace = [traced(0.0, 20, 4), traced(0.5, 30, 1, name=2)]
+    # Without overlap it is in the step after the one that runs when it comes; with it, one later.
+    for in_flight, expected in ((1, 3.0 + 4.1 - 0.5), (2, 3.0 + 1.1 + 4.1 - 0.5)):
+        simulation = simulate(trace, make_config(), PerToken(), max_in_flight=in_flight)
+        late = next(r for r in simulation.requests if r.traced.arrival_time > 0)
+        assert late.ttft == pytest.approx(expected)
+
+
+def test_time_of_the_host_is_part_of_a_step() -> None:
+    without = simulate([traced(0.0, 10, 5)], make_config(), PerToken())
+    with_host = simulate([traced(0.0, 10, 5)], make_config(), PerToken(), host_seconds=0.25)
+    assert with_host.seconds == pytest.approx(without.seconds + 5 * 0.25)
+
+
+def test_prompts_that_begin_alike_hit_the_prefix_cache() -> None:
+    first = TracedRequest(0.0, ((7, 16), (1, 4)), 8, output_name=9)
+    follow_up = TracedRequest(100.0, ((7, 16), (1, 4), (9, 8), (2, 4)), 2)
+    other = TracedRequest(200.0, ((8, 16), (1, 4)), 2)
+    simulation = simulate([first, follow_up, other], make_config(), PerToken())
+    # Of the first one's answer the last token was never computed: 27 positions, in pages of 4.
+    assert [r.num_cached_tokens for r in simulation.requests] == [0, 24, 0]
+    assert summarize(simulation).cache_hit_rate == pytest.approx(24 / (20 + 32 + 20))
+
+
+def test_a_request_that_can_never_be_served_is_refused_and_the_others_go_on() -> None:
+    simulation = simulate([traced(0.0, 1000, 5), traced(0.0, 10, 5)], make_config(), PerToken())
+    assert len(simulation.requests) == 1
+    [(request, reason)] = simulation.refused
+    assert request.num_prompt_tokens == 1000
+    assert "1000" in reason
+
+
+@pytest.mark.parametrize("name", sorted(BUILT_IN))
+@pytest.mark.parametrize("workload", ["bursty", "chat", "tenants"])
+def test_every_policy_serves_every_request(name: str, workload: str) -> None:
+    config = make_config(
+        max_num_seqs=16, max_num_batched_tokens=2048, max_model_len=16384, page_size=16, num_pages=1200
+    )
+    requests = list(make_workload(workload, rate=8.0, num_requests=150, seed=3))
+    cost = RooflineCost(LLAMA, DEVICES["v5e"], num_devices=8)
+    simulation = simulate(requests, config, cost, load_policy(name))
+    assert not simulation.refused
+    assert sorted(r.traced.arrival_time for r in simulation.requests) == [r.arrival_time for r in requests]
+    assert sum(s.num_output_tokens for s in simulation.steps) >= sum(r.output_len - 1 for r in requests)
+    for one, other in zip(simulation.steps, simulation.steps[1:], strict=False):
+        assert other.start >= one.start + one.seconds - 1e-9, "the device runs one step at a time"
+    for record in simulation.requests:
+        assert record.traced.arrival_time <= record.first_scheduled_time
+        assert record.first_scheduled_time < record.token_times[0] <= record.token_times[1]
+
+
+LLAMA = ModelFigures(32, 32, 8, 128, layer_parameters=6_979_321_856, head_parameters=525_336_576)
+
+
+def plan_of(*rows: tuple[int, int, bool]) -> Plan:
+    scheduled = tuple(
+        ScheduledRequest(Request(str(i), [1], SamplingParams()), start, num_tokens, samples)
+        for i, (start, num_tokens, samples) in enumerate(rows)
+    )
+    return Plan(0, scheduled, (), sum(num_tokens for _, num_tokens, _ in rows))
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 40])
+def test_features_by_brute_force(window: int | None) -> None:
+    rng = random.Random(1)
+    for _ in range(50):
+        rows = [(rng.randrange(60), rng.choice([1, 1, 7, 50]), rng.random() < 0.5) for _ in range(4)]
+        seen = [
+            [range(max(0, p - window + 1) if window else 0, p + 1) for p in range(start, start + n)]
+            for start, n, _ in rows
+        ]
+        features = StepFeatures.of(plan_of(*rows), window)
+        assert features.attended == sum(len(keys) for row in seen for keys in row)
+        assert features.num_tokens == sum(n for _, n, _ in rows)
+        assert features.num_samples == sum(samples for *_, samples in rows)
+        read = [len({key for keys in row for key in keys}) for row in seen]
+        assert features.context == sum(read)
+
+
+def test_the_roofline_by_hand() -> None:
+    cost = RooflineCost(LLAMA, DEVICES["h200"], flops_share=0.5, bandwidth_share=1.0, overhead=0.0)
+    weights = (6_979_321_856 + 525_336_576) * 2
+    kv = 2 * 32 * 8 * 128 * 2
+    assert cost.seconds(plan_of((999, 1, True))) == pytest.approx((weights + 1001 * kv) / 4800e9)
+    flops = 2 * (6_979_321_856 * 8192 + 525_336_576) + 4 * 32 * 32 * 128 * (8192 * 8193 // 2)
+    assert cost.seconds(plan_of((0, 8192, True))) == pytest.approx(flops / (989e12 * 0.5))
+
+
+def test_a_fit_finds_the_prices_that_the_steps_were_made_with() -> None:
+    rng = np.random.default_rng(0)
+    prices = np.array([2e-5, 3e-5, 0.0, 4e-8, 5e-10])
+    steps = []
+    for _ in range(200):
+        rows = [(int(rng.integers(0, 4000)), int(rng.choice([1, 1, 1, 200])), True) for _ in range(8)]
+        features = StepFeatures.of(plan_of(*rows[: int(rng.integers(1, 9))]))
+        steps.append((features, float((2e-3 + prices @ features) * rng.normal(1, 0.01))))
+    cost = FittedCost.fit(steps)
+    for features, seconds in steps:
+        rows_cost = cost.fixed + sum(cost.prices[n] * x for n, x in features._asdict().items())
+        assert rows_cost == pytest.approx(seconds, rel=0.06)  # six times the noise
+    assert min(cost.fixed, *cost.prices.values()) >= 0
+    with pytest.raises(ValueError, match="3 steps do not determine 6 prices"):
+        FittedCost.fit(steps[:3])
+
+
+def test_a_fit_survives_being_saved(tmp_path: Path) -> None:
+    cost = FittedCost(0.5, dict(zip(StepFeatures._fields, (1.0, 2.0, 3.0, 4.0, 5.0), strict=True)), window=7)
+    cost.save(tmp_path / "cost.json")
+    assert FittedCost.load(tmp_path / "cost.json") == cost
+    for text in ("{", '{"fixed": 1}', '{"fixed": 1, "prices": {"num_tokens": 1}}'):
+        (tmp_path / "wrong.json").write_text(text)
+        with pytest.raises(ValueError, match=r"wrong\.json"):
+            FittedCost.load(tmp_path / "wrong.json")
+
+
+def test_numbers_of_a_simulation() -> None:
+    trace = [
+        traced(0.0, 20, 3, tenant="a"),
+        traced(100.0, 20, 1, tenant="b", ttft_objective=1.0),
+        traced(200.0, 20, 3, tenant="b", ttft_objective=5.0, tpot_objective=2.0),
+    ]
+    simulation = simulate(trace, make_config(enable_prefix_caching=False), PerToken())
+    summary = summarize(simulation, ttft=10.0, tpot=1.0)
+    assert summary.seconds == pytest.approx(205.2)
+    assert summary.output_tokens_per_second == pytest.approx(7 / 205.2)
+    assert summary.goodput == pytest.approx(1 / 205.2), "too slow a token, too late a first one, and one good"
+    assert summary.ttft.mean == pytest.approx(3.0)
+    assert summary.device_busy == pytest.approx((5.2 + 3.0 + 5.2) / 205.2)
+    rates = np.array([23 / 5.2, (21 + 23) / (3.0 + 5.2)])
+    assert summary.fairness == pytest.approx(rates.sum() ** 2 / (2 * (rates**2).sum()))
+    assert math.isnan(summarize(simulate([], make_config(), PerToken())).ttft.mean)
+
+
+@pytest.mark.parametrize("name", sorted(WORKLOADS))
+def test_workloads(name: str) -> None:
+    requests = list(make_workload(name, rate=4.0, num_requests=6000, seed=1))
+    times = [r.arrival_time for r in requests]
+    assert times == sorted(times)
+    # 6000 arrivals of a Poisson process are within 4 % of their rate; sessions and bursts spread more.
+    spread = {"bursty": 0.2, "chat": 0.15, "diurnal": 0.1}.get(name, 0.06)
+    assert len(requests) / times[-1] == pytest.approx(4.0, rel=spread)
+    assert requests == list(make_workload(name, rate=4.0, num_requests=6000, seed=1))
+    assert requests[:50] != list(make_workload(name, rate=4.0, num_requests=50, seed=2))
+    assert all(r.output_len >= 1 and r.num_prompt_tokens >= 1 for r in requests)
+
+
+def test_bursts_are_bursts_and_shares_are_shares() -> None:
+    def variation(name: str) -> float:
+        gaps = np.diff([r.arrival_time for r in make_workload(name, rate=4.0, num_requests=5000)])
+        return float(gaps.std() / gaps.mean())
+
+    assert variation("poisson") == pytest.approx(1, rel=0.1)
+    assert variation("bursty") == pytest.approx(3, rel=0.2)
+    tenants = [r.terms.tenant for r in make_workload("tenants", rate=1.0, num_requests=6000)]
+    assert tenants.count("a") / tenants.count("d") == pytest.approx(8, rel=0.25)
+
+
+def test_a_chat_repeats_what_was_said() -> None:
+    requests = list(make_workload("chat", rate=5.0, num_requests=400))
+    outputs = {r.output_name: r.output_len for r in requests}
+    repeats = [r for r in requests if len(r.segments) > 2]
+    assert len(repeats) > 100
+    for request in repeats:
+        answers = [segment for segment in request.segments if segment[0] in outputs]
+        assert answers == [(name, outputs[name]) for name, _ in answers]
+        assert len(answers) == len(request.segments) // 2 - 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"name": "none"}, "'none' is not one of poisson"),
+        ({"rate": 0.0}, "rate=0"),
+        ({"rate": math.inf}, "rate=inf"),
+    ],
+)
+def test_workloads_that_there_are_not(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_workload(**({"name": "poisson", "rate": 1.0, "num_requests": 1} | wrong))
+
+
+def test_a_trace_survives_being_written(tmp_path: Path) -> None:
+    requests = list(make_workload("chat", rate=5.0, num_requests=60))
+    requests += list(make_workload("tenants", rate=5.0, num_requests=60))
+    requests.sort(key=lambda r: r.arrival_time)
+    write_trace(tmp_path / "trace.jsonl", requests)
+    read = list(read_trace(tmp_path / "trace.jsonl"))
+    first = requests[0].arrival_time
+    for one, other in zip(requests, read, strict=True):
+        assert other.arrival_time == pytest.approx(one.arrival_time - first)
+        assert (other.segments, other.output_len, other.terms, other.output_name) == (
+            one.segments, one.output_len, one.terms, one.output_name,
+        )  # fmt: skip
+
+
+def as_csv(rows: list[dict[str, Any]]) -> str:
+    lines = [",".join(rows[0])] + [",".join(map(str, row.values())) for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def as_jsonl(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+AZURE = [
+    {"TIMESTAMP": "2023-11-16 18:17:03.9799600", "ContextTokens": 374, "GeneratedTokens": 44},
+    {"TIMESTAMP": "2023-11-16 18:17:04.0319600", "ContextTokens": 396, "GeneratedTokens": 109},
+]
+BURST_GPT = [
+    {"Timestamp": 5, "Model": "ChatGPT", "Request tokens": 472, "Response tokens": 18, "Total tokens": 490},
+    {
+        "Timestamp": 45,
+        "Model": "ChatGPT",
+        "Request tokens": 1087,
+        "Response tokens": 230,
+        "Total tokens": 1317,
+    },
+    {"Timestamp": 50, "Model": "GPT-4", "Request tokens": 417, "Response tokens": 0, "Total tokens": 417},
+]
+
+
+@pytest.mark.parametrize(("suffix", "write"), [(".csv", as_csv), (".jsonl", as_jsonl)])
+def test_known_traces(tmp_path: Path, suffix: str, write: Callable[[list[dict[str, Any]]], str]) -> None:
+    path = tmp_path / f"trace{suffix}"
+    path.write_text(write(AZURE))
+    read = list(read_trace(path))
+    assert [(r.num_prompt_tokens, r.output_len) for r in read] == [(374, 44), (396, 109)]
+    assert [r.arrival_time for r in read] == pytest.approx([0.0, 0.052], abs=1e-6)
+    path.write_text(write(BURST_GPT))
+    read = list(read_trace(path))
+    assert [(r.arrival_time, r.num_prompt_tokens, r.output_len) for r in read] == [
+        (0, 472, 18),
+        (40, 1087, 230),
+    ]
+    assert read[0].segments != read[1].segments
+
+
+@pytest.mark.parametrize("line", ['{"a": 1}', "no JSON", "[1]", '{"segments": [[1]], "arrival_time": 0}'])
+def test_a_line_that_is_no_request_is_named(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_text('{"segments": [[1, 5]], "arrival_time": 0, "output_len": 3}\n' + line + "\n")
+    with pytest.raises(ValueError, match=r"trace\.jsonl, request 2"):
+        list(read_trace(path))
