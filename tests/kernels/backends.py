@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ import pytest
 
 from pallas_kernels.ragged_paged_attention import ragged_paged_attention
 from tests.kernels.oracle import check
-from tests.kernels.ragged_batches import Batch, Shape, random_batch
+from tests.kernels.ragged_batches import Batch, Shape
 
 
 def _refuses_nothing(shape: Shape) -> str | None:
@@ -49,16 +49,19 @@ class BackendUnderTest:
             results = _jitted(*batch.operands, **batch.array_options, shape=shape, backend=self.name)
             return tuple(np.asarray(result) for result in results)
 
-    def check_random_batches(self, shape: Shape) -> None:
-        """Every batch is right, or all are refused as `refuses` says."""
-        for seed, logit_size in zip(range(self.batches), (1.0, 0.01, 8.0, 1.0), strict=False):
-            batch = random_batch(shape, seed, logit_size)
-            refusal = self.refuses(shape)
-            if refusal is None:
-                check(batch, shape, *self.run(batch, shape))
-            else:
-                with pytest.raises(ValueError, match=refusal):
-                    self.run(batch, shape)
+    def refused(self, batch: Batch, shape: Shape) -> bool:
+        """Whether the backend cannot do the shape; if so, it has been seen to say it."""
+        message = self.refuses(shape)
+        if message is None:
+            return False
+        with pytest.raises(ValueError, match=message):
+            self.run(batch, shape)
+        return True
+
+    def check(self, batch: Batch, shape: Shape) -> None:
+        """Raises AssertionError unless the result is right, or refused as `refuses` says."""
+        if not self.refused(batch, shape):
+            check(batch, shape, *self.run(batch, shape))
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "backend"), donate_argnums=3)
@@ -77,3 +80,17 @@ def _jitted(*operands: Any, shape: Shape, backend: Any, **array_options: Any) ->
 
 BACKENDS = (BackendUnderTest("reference"), BackendUnderTest("xla"))
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS, ids=str)
+on_every_fast_backend = pytest.mark.parametrize("backend", [b for b in BACKENDS if b.draws_lengths], ids=str)
+
+
+def on_every_backend_and(shapes: Mapping[str, Shape]) -> pytest.MarkDecorator:
+    """Parametrizes `backend` and `shape`, less those of more tokens than the backend has time for."""
+    return pytest.mark.parametrize(
+        ("backend", "shape"),
+        [
+            pytest.param(backend, shape, id=f"{name}-{backend}")
+            for backend in BACKENDS
+            for name, shape in shapes.items()
+            if shape.num_tokens <= backend.max_tokens
+        ],
+    )

@@ -15,8 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.ragged_paged_attention import ragged_paged_attention
-from tests.kernels.backends import BackendUnderTest, on_every_backend
-from tests.kernels.oracle import TOLERANCE, check, oracle
+from tests.kernels.backends import (
+    BackendUnderTest,
+    on_every_backend,
+    on_every_backend_and,
+    on_every_fast_backend,
+)
+from tests.kernels.oracle import TOLERANCE, oracle
 from tests.kernels.ragged_batches import Batch, Shape, random_batch
 
 SHAPES = {
@@ -56,11 +61,10 @@ SHAPES = {
 }  # fmt: skip
 
 
-@on_every_backend
-@pytest.mark.parametrize("name", SHAPES)
-def test_any_ragged_batch(name: str, backend: BackendUnderTest) -> None:
-    if SHAPES[name].num_tokens <= backend.max_tokens:
-        backend.check_random_batches(SHAPES[name])
+@on_every_backend_and(SHAPES)
+def test_any_ragged_batch(shape: Shape, backend: BackendUnderTest) -> None:
+    for seed, logit_size in zip(range(backend.batches), (1.0, 0.01, 8.0, 1.0), strict=False):
+        backend.check(random_batch(shape, seed, logit_size), shape)
 
 
 # Few shapes, each with many options, since every shape is compiled.
@@ -84,7 +88,7 @@ def lengths(draw: st.DrawFn, shape: Shape) -> list[tuple[int, int]]:
     return drawn
 
 
-@on_every_backend
+@on_every_fast_backend
 @pytest.mark.parametrize("name", PROPERTY_SHAPES)
 @settings(max_examples=25)
 @given(data=st.data(), seed=st.integers(0, 2**32 - 1), logit_size=st.floats(0.01, 8.0))
@@ -92,22 +96,18 @@ def test_whatever_the_lengths(
     name: str, backend: BackendUnderTest, data: st.DataObject, seed: int, logit_size: float
 ) -> None:
     shape = PROPERTY_SHAPES[name]
-    if backend.draws_lengths and backend.refuses(shape) is None:
-        batch = random_batch(shape, seed, logit_size, data.draw(lengths(shape)))
-        check(batch, shape, *backend.run(batch, shape))
+    backend.check(random_batch(shape, seed, logit_size, data.draw(lengths(shape))), shape)
 
 
 @on_every_backend
 def test_edges_of_trees(backend: BackendUnderTest) -> None:
     """As many new tokens as the mask is wide, one more, and queries that see nothing at all."""
     shape = PROPERTY_SHAPES["trees"]
-    if backend.refuses(shape) is None:
-        batch = random_batch(shape, 0, 1.0, [(10, 5), (10, 6), (0, 4), (0, 1)])
-        assert batch.tree_mask is not None
-        tree_mask = batch.tree_mask.copy()
-        tree_mask[batch.query_starts[2] :] = False
-        batch = replace(batch, tree_mask=tree_mask)
-        check(batch, shape, *backend.run(batch, shape))
+    batch = random_batch(shape, 0, 1.0, [(10, 5), (10, 6), (0, 4), (0, 1)])
+    assert batch.tree_mask is not None
+    tree_mask = batch.tree_mask.copy()
+    tree_mask[batch.query_starts[2] :] = False
+    backend.check(replace(batch, tree_mask=tree_mask), shape)
 
 
 @on_every_backend
@@ -117,7 +117,7 @@ def test_empty_batch_leaves_the_cache_alone(backend: BackendUnderTest, decode_on
     full = random_batch(shape, 0, 1.0)
     batch = replace(full, seq_lens=np.zeros(9, np.int32), query_starts=np.zeros(10, np.int32))
     batch = replace(batch, k=np.full_like(full.k, np.nan), v=np.full_like(full.v, np.nan))
-    check(batch, shape, *backend.run(batch, shape))
+    backend.check(batch, shape)
 
 
 @on_every_backend
