@@ -66,7 +66,7 @@ def ragged_paged_attention(
         window: a query sees itself and the window - 1 positions before it; None sees all.
         soft_cap: logits become soft_cap * tanh(logits / soft_cap); None leaves them.
         sinks: float32[num_heads], a logit of each head that takes part in the softmax's sum and has no
-            value (gpt-oss; Xiao et al. 2024).
+            value (gpt-oss; Xiao et al. 2024); minus infinity is none.
         alibi_slopes: float32[num_heads]; slope * (key position - query position) is added to the
             logits (Press et al. 2022).
         k_scale, v_scale: what the cache holds is k / k_scale and v / v_scale, rounded to its dtype;

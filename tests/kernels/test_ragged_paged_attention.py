@@ -111,6 +111,14 @@ def test_edges_of_trees(backend: BackendUnderTest) -> None:
 
 
 @on_every_backend
+def test_a_sink_of_minus_infinity_is_none(backend: BackendUnderTest) -> None:
+    shape = SHAPES["sinks, window"]
+    batch = random_batch(shape, 0, 1.0)
+    assert batch.sinks is not None
+    backend.check(replace(batch, sinks=np.where(np.arange(shape.heads) % 2, batch.sinks, -np.inf)), shape)
+
+
+@on_every_backend
 @pytest.mark.parametrize("decode_only", [False, True])
 def test_empty_batch_leaves_the_cache_alone(backend: BackendUnderTest, decode_only: bool) -> None:
     shape = replace(SHAPES["decodes"], decode_only=decode_only)
