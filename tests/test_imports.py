@@ -20,7 +20,7 @@ LEVELS: list[set[str]] = [
     {"jaxllm.__main__"},
     {"jaxllm.cli"},
     {"jaxllm.serve"},
-    {"jaxllm.llm", "jaxllm.async_engine", "jaxllm.convert"},
+    {"jaxllm.llm", "jaxllm.async_engine", "jaxllm.convert", "jaxllm.simulate"},
     {"jaxllm.beam_search"},
     {"jaxllm.engine"},
     {"jaxllm.execution", "jaxllm.input_processor", "jaxllm.output_processor", "jaxllm.stats"},

@@ -101,30 +101,42 @@ def long_context(rate: float, random: Random) -> Iterator[TracedRequest]:
 
 
 def chat(rate: float, random: Random) -> Iterator[TracedRequest]:
-    """Sessions of some turns, each of which repeats all that was said before.
+    """Sessions of five turns on average, each of which repeats all that was said before.
 
     All begin with one of four system prompts of 400 tokens; `rate` counts requests. The next turn comes
-    after the answer could be read: 20 ms a token and 20 s of thought, on average.
+    after the answer could be read: 20 ms a token and 20 s of thought, on average. At the start sessions
+    are under way already, so that the rate is steady from there.
     """
-    mean_turns = 5.0
+    goes_on, thought, per_token = 0.8, 20.0, 0.02
     names = count(100)
     question, answer = Lengths(60, 0.8, 1024), SHORT[1]
-    turns: list[tuple[float, int, tuple[tuple[int, int], ...], float]] = []
-    next_session = random.expovariate(rate / mean_turns)
+
+    def system_prompt() -> tuple[tuple[int, int], ...]:
+        return ((random.randrange(1, 5), 400),)
+
+    def pause(output_len: int) -> float:
+        return per_token * output_len + random.expovariate(1 / thought)
+
+    # (when, a number that no other has, what was said): the turns that are sure to come
+    turns: list[tuple[float, int, tuple[tuple[int, int], ...]]] = []
+    mean_answer = answer.median * math.exp(answer.sigma**2 / 2)
+    for _ in range(round(rate * goes_on * (per_token * mean_answer + thought))):
+        said = system_prompt()
+        while len(said) == 1 or random.random() < goes_on:
+            said = (*said, (next(names), question.draw(random)), (next(names), answer.draw(random)))
+        heapq.heappush(turns, (random.expovariate(1 / thought), next(names), said))
+    next_session = random.expovariate(rate * (1 - goes_on))
     while True:
         if not turns or next_session <= turns[0][0]:
-            system = ((random.randrange(1, 5), 400),)
-            heapq.heappush(turns, (next_session, next(names), system, random.random()))
-            next_session += random.expovariate(rate / mean_turns)
-            continue
-        time, _, said, luck = heapq.heappop(turns)
+            heapq.heappush(turns, (next_session, next(names), system_prompt()))
+            next_session += random.expovariate(rate * (1 - goes_on))
+        time, _, said = heapq.heappop(turns)
         prompt = (*said, (next(names), question.draw(random)))
         output_name, output_len = next(names), answer.draw(random)
         yield TracedRequest(time, prompt, output_len, output_name=output_name)
-        if luck < 1 - 1 / mean_turns:  # the number of turns is geometric
-            pause = 0.02 * output_len + random.expovariate(1 / 20)
+        if random.random() < goes_on:
             said = (*prompt, (output_name, output_len))
-            heapq.heappush(turns, (time + pause, next(names), said, random.random()))
+            heapq.heappush(turns, (time + pause(output_len), next(names), said))
 
 
 WORKLOADS: dict[str, Callable[[float, Random], Iterator[TracedRequest]]] = {

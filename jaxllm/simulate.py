@@ -1,0 +1,259 @@
+"""`python -m jaxllm.simulate`: traffic on a device that need not be there, under any scheduling policy.
+
+    python -m jaxllm.simulate --policy fcfs,sarathi,vtc --workload chat --rate 2:20 --device h200 --model DIR
+
+Prints a table of what each policy comes to at each rate. The scheduler and the policies are those that
+serve; how long a step takes comes from a roofline of the device, or from a cost model fitted to recorded
+steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from jaxllm.config import DEMO_MODEL, SchedulerConfig
+from jaxllm.errors import ConfigError, JaxLLMError
+from jaxllm.models.config import ModelConfig
+from jaxllm.models.families import translate_config
+from jaxllm.models.hub import read_config, resolve_model
+from jaxllm.scheduling.policies import load_policy
+from jaxllm.scheduling.simulator import (
+    DEVICES,
+    WORKLOADS,
+    CostModel,
+    FittedCost,
+    ModelFigures,
+    RooflineCost,
+    Summary,
+    TracedRequest,
+    make_workload,
+    read_trace,
+    simulate,
+    summarize,
+)
+
+_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Outcome:
+    """One simulation: a policy at a rate, None where the arrivals are those of a trace."""
+
+    policy: str
+    rate: float | None
+    summary: Summary
+    wall_seconds: float
+
+
+def figures_of(config: ModelConfig, dtype: str) -> ModelFigures:
+    """What the cost of a step follows from; where layers differ in their windows, most of them decide."""
+    [(window, _)] = Counter(config.layer_windows or (None,)).most_common(1)
+    hidden = config.hidden_size
+    attention = hidden * config.head_dim * (2 * config.num_heads + 2 * config.num_kv_heads)
+    mlp = (3 if config.gated_mlp else 2) * hidden * config.intermediate_size
+    return ModelFigures(
+        num_layers=config.num_layers,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        layer_parameters=config.num_layers * (attention + mlp),
+        head_parameters=config.vocab_size * (config.embedding_dim or hidden),
+        dtype_bytes=_DTYPE_BYTES[dtype],
+        window=window,
+    )
+
+
+def parse_rates(text: str) -> list[float]:
+    """Requests a second: "4", "2,4,8", or "2:20", which is five rates in even ratios from 2 to 20."""
+    try:
+        if ":" in text:
+            first, last, *count = text.split(":")
+            low, high, steps = float(first), float(last), int(count[0]) if count else 5
+            if len(count) > 1 or steps < 2 or not 0 < low < high:
+                raise ValueError
+            return [round(low * (high / low) ** (i / (steps - 1)), 3) for i in range(steps)]
+        rates = [float(part) for part in text.split(",")]
+        if min(rates) <= 0:
+            raise ValueError
+        return rates
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no rate; write 4, or 2,4,8, or 2:20 (five rates) or 2:20:9 (nine)"
+        ) from None
+
+
+def parse_policies(text: str) -> list[str]:
+    """Names between commas."""
+    return [name for name in text.split(",") if name]
+
+
+def run(options: argparse.Namespace) -> list[Outcome]:
+    """Every policy at every rate.
+
+    Raises:
+        ConfigError: a combination of options that makes no sense.
+        JaxLLMError, ValueError: the model, the policy or a file cannot be used.
+    """
+    model = translate_config(read_config(resolve_model(options.model)))
+    figures = figures_of(model, options.dtype)
+    config = _scheduler_config(options, model, figures)
+    cost: CostModel
+    if options.cost is not None:
+        cost = FittedCost.load(options.cost)
+    else:
+        cost = RooflineCost(figures, DEVICES[options.device], options.num_devices)
+    rates: Sequence[float | None] = [None] if options.trace else options.rate
+    pairs = [(policy, rate) for rate in rates for policy in options.policy]
+    outcomes = []
+    for policy, rate in tqdm(pairs, desc="Simulating", unit="run", disable=not sys.stderr.isatty()):
+        arguments = options.scheduling_config.get(policy, {})
+        began = time.perf_counter()
+        simulation = simulate(_trace(options, rate), config, cost, load_policy(policy, arguments))
+        summary = summarize(simulation, ttft=options.ttft, tpot=options.tpot)
+        outcomes.append(Outcome(policy, rate, summary, time.perf_counter() - began))
+    return outcomes
+
+
+def _trace(options: argparse.Namespace, rate: float | None) -> Iterable[TracedRequest]:
+    if rate is None:
+        return read_trace(options.trace)
+    return make_workload(options.workload, rate=rate, num_requests=options.num_requests, seed=options.seed)
+
+
+def _scheduler_config(
+    options: argparse.Namespace, model: ModelConfig, figures: ModelFigures
+) -> SchedulerConfig:
+    num_pages = options.num_gpu_blocks
+    if num_pages is None:
+        device = DEVICES[options.device]
+        memory = device.memory * options.num_devices * options.gpu_memory_utilization
+        free = memory - figures.weight_bytes
+        num_pages = int(free / (figures.kv_bytes_per_token * options.block_size))
+        if num_pages < 2:
+            raise ConfigError(
+                f"{options.num_devices} x {device.name} have {memory / 1e9:.0f} GB and the weights take "
+                f"{figures.weight_bytes / 1e9:.0f} GB: none is left for the KV cache; raise --num-devices.",
+                param="num_devices",
+            )
+    most = min(options.max_model_len or model.max_position_embeddings, (num_pages - 1) * options.block_size)
+    return SchedulerConfig(
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        max_model_len=most,
+        page_size=options.block_size,
+        num_pages=num_pages,
+        enable_prefix_caching=options.enable_prefix_caching,
+    )
+
+
+def print_outcomes(outcomes: Sequence[Outcome], title: str) -> None:
+    """The table."""
+    table = Table(title=title, title_justify="left")
+    names = ["policy", "req/s in", "req/s out", "goodput", "tok/s", "TTFT mean", "p99", "TPOT mean", "p99",
+             "cache hits", "preempted", "busy", "fairness"]  # fmt: skip
+    for name in names:
+        table.add_column(name, justify="left" if name == "policy" else "right")
+    previous = outcomes[0].rate
+    for outcome in outcomes:
+        if outcome.rate != previous:
+            table.add_section()
+            previous = outcome.rate
+        s = outcome.summary
+        table.add_row(
+            outcome.policy,
+            "trace" if outcome.rate is None else f"{outcome.rate:g}",
+            f"{s.requests_per_second:.2f}",
+            f"{s.goodput:.2f}",
+            f"{s.output_tokens_per_second:,.0f}",
+            f"{s.ttft.mean:.2f} s",
+            f"{s.ttft.p99:.2f} s",
+            f"{s.tpot.mean * 1e3:.1f} ms",
+            f"{s.tpot.p99 * 1e3:.1f} ms",
+            f"{s.cache_hit_rate:.0%}",
+            str(s.num_preemptions),
+            f"{s.device_busy:.0%}",
+            f"{s.fairness:.2f}",
+        )
+    console = Console()
+    # Where the output goes to a file there is no width to keep to.
+    (console if console.is_terminal else Console(width=160)).print(table)
+    refused = max(outcome.summary.num_refused for outcome in outcomes)
+    if refused:
+        print(f"{refused} requests were refused: longer than the model or the KV cache allows.")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m jaxllm.simulate",
+        description="Serve simulated traffic under one scheduling policy or several, and compare.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--policy", type=parse_policies, default=["fcfs"], metavar="NAME,...", help="default: fcfs")
+    add("--scheduling-config", type=json.loads, default={}, metavar="JSON",
+        help='arguments by policy: {"mlfq": {"quantum": 512}}')  # fmt: skip
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--workload", choices=list(WORKLOADS), default="poisson")
+    source.add_argument(
+        "--trace", type=Path, metavar="FILE", help="JSONL or CSV: ours, Azure's or BurstGPT's"
+    )
+    add("--rate", type=parse_rates, default=[4.0], metavar="R", help="requests a second: 4, 2,4,8 or 2:20")
+    add("--num-requests", type=int, default=1000, metavar="N", help="of the workload (default: 1000)")
+    add("--seed", type=int, default=0)
+    add("--model", default=DEMO_MODEL, help="directory or hub name; only its config.json is read")
+    add("--dtype", choices=list(_DTYPE_BYTES), default="bfloat16")
+    add("--device", choices=list(DEVICES), default="h100")
+    add("--num-devices", type=int, default=1, metavar="N", help="chips that share the work evenly")
+    add("--cost", type=Path, metavar="FILE", help="fitted cost model, in place of the device's roofline")
+    add("--max-num-seqs", type=int, default=256, metavar="N")
+    add("--max-num-batched-tokens", type=int, default=8192, metavar="N")
+    add("--max-model-len", type=int, metavar="N")
+    add("--block-size", type=int, default=16, metavar="N")
+    add("--num-gpu-blocks", type=int, metavar="N", help="KV pages; by default what the memory holds")
+    add("--gpu-memory-utilization", type=float, default=0.9, metavar="F")
+    add("--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True)
+    add("--ttft", type=float, default=1.0, metavar="S", help="objective for goodput, in seconds")
+    add("--tpot", type=float, default=0.05, metavar="S", help="objective for goodput, in seconds")
+    add("--json", type=Path, metavar="FILE", help="write everything in the table, and more, to this file")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    parser = make_parser()
+    options = parser.parse_args(argv)
+    if not isinstance(options.scheduling_config, dict) or not options.scheduling_config.keys() <= set(
+        options.policy
+    ):
+        parser.error(f"argument --scheduling-config: its keys must be among the policies, {options.policy}")
+    if not options.policy or min(options.num_requests, options.num_devices) < 1:
+        parser.error("give at least one policy, one request and one device")
+    try:
+        outcomes = run(options)
+    except (JaxLLMError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    traffic = options.trace or f"{options.workload}, {options.num_requests} requests"
+    where = options.cost or f"{options.num_devices} x {options.device}"
+    print_outcomes(outcomes, f"{options.model} on {where}: {traffic}")
+    if options.json is not None:
+        rows: list[dict[str, Any]] = [dataclasses.asdict(outcome) for outcome in outcomes]
+        options.json.write_text(json.dumps(rows, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
