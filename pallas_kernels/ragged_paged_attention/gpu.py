@@ -56,7 +56,7 @@ def attend(
     kv_heads, page_size = k.shape[1], kv_pages.shape[2]
     group, sequences = heads // kv_heads, page_table.shape[0]
     if tiling is None:
-        tiling = choose_tiling(sequences, group, kv_heads, head_dim, options)
+        tiling = choose_tiling(sequences, group, kv_heads, head_dim, kv_pages.dtype, options)
     kv_pages = write_new_tokens(k, v, kv_pages, layer, page_table, seq_lens, query_starts, options)
 
     num_tiles = count_tiles(tokens, sequences, group, tiling.rows, options.decode_only)
@@ -100,17 +100,26 @@ def attend(
 
 
 def choose_tiling(
-    sequences: int, group: int, kv_heads: int, head_dim: int, options: AttentionOptions
+    sequences: int, group: int, kv_heads: int, head_dim: int, dtype: Any, options: AttentionOptions
 ) -> Tiling:
-    """The tiling by shape: decodes are bound by memory and need many copies in flight, prefills by wgmma."""
+    """The tiling by shape: decodes are bound by memory and need many copies in flight, prefills by wgmma.
+
+    Args:
+        sequences: S.
+        group: query heads of a key-value head.
+        dtype: of the pages; those of 8 bits take room in shared memory from the stages.
+    """
+    wide = head_dim > 128
+    narrow_pages = jnp.dtype(dtype).itemsize == 1
     if not options.decode_only:
         # As many keys as registers allow.
-        return Tiling(warpgroups=2, keys=128 if head_dim <= 128 and options.alibi_slopes is None else 64)
-    pairs = 2 if head_dim <= 128 else 1
+        keys = 64 if wide or options.alibi_slopes is not None else 128
+        return Tiling(warpgroups=2, keys=keys, stages=1 if wide and narrow_pages else 2)
+    pairs = 1 if wide else 2
     # Four rounds of work for each warpgroup that computes even out what is uneven.
     splits = -(-4 * NUM_SMS * pairs // kv_heads)
     pieces = min(splits, 64, -(-512 // (sequences * -(-group // 64))))
-    return Tiling(pairs=pairs, splits=splits, pieces=pieces)
+    return Tiling(pairs=pairs, stages=1 if narrow_pages else 2, splits=splits, pieces=pieces)
 
 
 def _refuse_unsupported(q: jax.Array, kv_pages: jax.Array, options: AttentionOptions) -> None:
@@ -122,10 +131,10 @@ def _refuse_unsupported(q: jax.Array, kv_pages: jax.Array, options: AttentionOpt
         )
     if options.scale <= 0:
         raise ValueError(f"The gpu backend needs a positive scale; got {options.scale}. Use backend='xla'.")
-    if kv_pages.dtype != q.dtype:
+    if kv_pages.dtype != q.dtype and kv_pages.dtype.itemsize > 1:
         raise ValueError(
-            f"The gpu backend reads pages of q's dtype, {q.dtype.name}; kv_pages are {kv_pages.dtype.name}. "
-            "Use backend='xla'."
+            f"The gpu backend reads pages of 8 bits or of q's dtype, {q.dtype.name}; kv_pages are "
+            f"{kv_pages.dtype.name}. Use backend='xla'."
         )
     if head_dim % 16 or head_dim > 256:
         raise ValueError(

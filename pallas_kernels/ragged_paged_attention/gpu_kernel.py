@@ -10,22 +10,19 @@ rows each, and one more fetches: it runs ahead of them by up to `stages` blocks 
     SMEM       a pair has q [64 W, D], its stages of keys and of values [B, D] each, and float32 results
                [64 W, D] where they are to be merged. At D = 128 and 16 bits: decode (P 2, W 1, B 64, 2
                stages) 2 x (16 + 64 + 32) KiB, prefill (P 1, W 2, B 128, 2 stages) 32 + 128 KiB; of 227.
+               Pages of 8 bits add two raw blocks of keys and of values (`gpu_fetch.py`).
     registers  of a computing warpgroup: logits [64, B] and the weighted sum of values [64, D], float32,
                and the maximum and sum of each row.
 
-Why it cannot race: the fetching warpgroup has a block copied (TMA) into a stage, whose `ready` barrier
-passes when the bytes are there; a computing warpgroup reads the stage after that, and arrives at `free`
-when its wgmma is done; the fetching warpgroup copies into the stage again after all have arrived. Every
-pair writes results that no other one writes; what it reads, nobody writes.
-
-Keys at `stop` and after it may hold anything, NaN included. Their logits are replaced; but a value is
-multiplied with its weight of zero, so the fetching warpgroup zeroes such values before they are `ready`.
+Why it cannot race: a stage is written by one warpgroup, which passes its `ready` barrier when the bytes
+are there; a computing warpgroup reads the stage after that, and arrives at `free` when its wgmma is done;
+the stage is written again after all have arrived. Every pair writes results that no other one writes;
+what it reads, nobody writes.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from typing import Any
 
@@ -37,12 +34,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.ragged_paged_attention import gpu_schedule as schedule
+from pallas_kernels.ragged_paged_attention.gpu_fetch import MATRIX, Pages, Share, fetch, load, shared
 
 LOG2E = math.log2(math.e)
 # Stands for minus infinity, whose difference with itself would be NaN.
 MASKED = -0.7 * float(np.finfo(np.float32).max)
 
-MATRIX = plgpu.Layout.WGMMA
 ROWS = plgpu.Layout.WGMMA.reduce(1)
 
 
@@ -51,31 +48,15 @@ def _across(rows: jax.Array, like: jax.Array) -> jax.Array:
     return lax.broadcast_in_dim(rows, like.shape, [0])
 
 
-def _load(ref: Any, layout: Any) -> jax.Array:
-    # Until JAX 0.10 the index was not optional.
-    return plgpu.load(ref, layout=layout, optimized=False)  # type: ignore[call-arg]
-
-
-def _swizzled_columns(columns: int, dtype: Any) -> int:
-    """How many columns TMA and wgmma take as one: up to 128 bytes."""
-    bits = jnp.dtype(dtype).itemsize * 8
-    return plgpu.find_swizzle(columns * bits) * 8 // bits
-
-
-def _shared(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Matrices in shared memory in the form that TMA writes and wgmma reads."""
-    columns, itemsize = _swizzled_columns(shape[-1], dtype), jnp.dtype(dtype).itemsize
-    transforms = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(columns * itemsize))
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
-
-
-def _registers(warpgroups: int, head_dim: int) -> tuple[int, int] | None:
+def _registers(tiling: schedule.Tiling, pages: Pages) -> tuple[int, int] | None:
     """Of a thread that fetches and of one that computes; None is an even share, of up to 255."""
-    if warpgroups == 2:
+    if tiling.threads == 2:
         return None
-    if warpgroups == 3:
-        return (40, 232) if head_dim > 128 else (56, 224)
-    return 56, 200
+    if tiling.threads == 4:
+        return 56, 200
+    if pages.widened:
+        return 72, 216
+    return (40, 232) if pages.head_dim > 128 else (56, 224)
 
 
 def attend_tiles(
@@ -116,21 +97,20 @@ def attend_tiles(
         (out [items, kv_heads, r, D], lse float32[items, kv_heads, R]). Items without keys are not written.
     """
     _, kv_heads, given, head_dim = q.shape
-    layers, pages, page_size = kv_pages.shape[:3]
+    layers, num_pages, page_size = kv_pages.shape[:3]
+    pages = Pages(kv_heads, head_dim, page_size, num_pages, kv_pages.dtype, q.dtype)
     keys, stages, warpgroups, pairs = tiling.keys, tiling.stages, tiling.warpgroups, tiling.pairs
     units = items.shape[0] * kv_heads
-    copies = max(1, keys // page_size)
-    copy_keys = keys // copies
     given_rows = min(given, 64)
     own_out = out_dtype != q.dtype
     # All pages' rows one under another leave TMA two dimensions to deal with.
-    flat_pages = kv_pages.reshape(layers * pages * page_size, 2 * kv_heads * head_dim)
+    flat_pages = kv_pages.reshape(layers * num_pages * page_size, 2 * kv_heads * head_dim)
     optional = {"position": position, "slopes": slopes, "sinks": sinks, "factors": factors}
     optional = {name: array for name, array in optional.items() if array is not None}
 
-    def body(
+    def paged_attention(
         q_ref: Any, kv_ref: Any, layer_ref: Any, table_ref: Any, items_ref: Any, begin_ref: Any, end_ref: Any,
-        optional_refs: dict[str, Any], out_ref: Any, lse_ref: Any, *scoped: Any,
+        optional_refs: dict[str, Any], out_ref: Any, lse_ref: Any, **scratch: Any,
     ) -> None:  # fmt: skip
         thread = lax.axis_index("warpgroup")
         pair, role = lax.div(thread, warpgroups + 1), lax.rem(thread, warpgroups + 1)
@@ -140,69 +120,18 @@ def attend_tiles(
         head = lax.rem(unit, kv_heads)
         start, stop = items_ref[item, schedule.START], items_ref[item, schedule.STOP]
         blocks = jnp.where(unit < units, lax.div(stop - start + (keys - 1), keys), 0)
-        q_smem, k_smem, v_smem, q_ready, k_ready, v_ready, k_free, v_free, tail = scoped[:9]
-        out_smem = scoped[9] if own_out else q_smem
-
-        def fetch() -> None:
-            sequence = items_ref[item, schedule.SEQUENCE]
-            last_page = lax.div(stop - 1, page_size)
-            layer_row = layer_ref[0] * (pages * page_size)
-
-            def block(i: jax.Array, _: None) -> None:
-                stage = pair * stages + lax.rem(i, stages)
-                first = start + i * keys
-                # Past the last page the table may say anything: the last one is read again, and masked.
-                entries = [jnp.minimum(lax.div(first, page_size) + j, last_page) for j in range(copies)]
-                rows = [layer_row + table_ref[sequence, entry] * page_size for entry in entries]
-                if copies == 1:
-                    rows = [rows[0] + lax.rem(first, page_size)]
-
-                def copy(column: jax.Array, smem: Any, barrier: Any) -> None:
-                    columns = pl.ds(pl.multiple_of(column * head_dim, 16), head_dim)
-                    for j, row in enumerate(rows):
-                        source = kv_ref.at[pl.ds(pl.multiple_of(row, 8), copy_keys), columns]
-                        target = smem.at[stage, pl.ds(j * copy_keys, copy_keys)]
-                        plgpu.copy_gmem_to_smem(source, target, barrier)
-
-                def copy_and_clean() -> None:
-                    copy(2 * head + 1, v_smem, tail.at[pair])
-                    plgpu.barrier_wait(tail.at[pair])
-                    width = _swizzled_columns(head_dim, q.dtype)
-                    # Few registers: a part of the matrix at a time.
-                    for row, column in itertools.product(range(0, keys, 64), range(0, head_dim, width)):
-                        part = v_smem.at[stage, pl.ds(row, 64), pl.ds(column, width)]
-                        values = _load(part, MATRIX)
-                        at = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=MATRIX)
-                        part[...] = jnp.where(at < stop - first - row, values, jnp.zeros_like(values))
-                    plgpu.commit_smem()
-                    for _ in range(copies):
-                        plgpu.barrier_arrive(v_ready.at[stage])
-
-                pl.when(i >= stages)(lambda: plgpu.barrier_wait(k_free.at[stage]))
-                copy(2 * head, k_smem, k_ready.at[stage])
-                pl.when(i >= stages)(lambda: plgpu.barrier_wait(v_free.at[stage]))
-                is_tail = first + keys > stop
-                pl.when(is_tail)(copy_and_clean)
-                pl.when(jnp.logical_not(is_tail))(lambda: copy(2 * head + 1, v_smem, v_ready.at[stage]))
-
-            def drain(i: jax.Array, _: None) -> None:
-                stage = pair * stages + lax.rem(i, stages)
-                plgpu.barrier_wait(k_free.at[stage])
-                plgpu.barrier_wait(v_free.at[stage])
-
-            lax.fori_loop(0, blocks, block, None)
-            # No arrival is left on its way when the thread block ends.
-            lax.fori_loop(jnp.maximum(blocks - stages, 0), blocks, drain, None)
+        q_smem, k_smem, v_smem = scratch["q"], scratch["k"], scratch["v"]
+        out_smem = scratch["out"] if own_out else q_smem
 
         def compute() -> None:
             tile = items_ref[item, schedule.TILE]
-            own, ready = pl.ds(role * 64, 64), q_ready.at[pair * warpgroups + role]
+            own, ready = pl.ds(role * 64, 64), scratch["q_ready"].at[pair * warpgroups + role]
             q_own, out_own = q_smem.at[pair, own], out_smem.at[pair, own]
             here, there = pl.ds(0, given_rows), pl.ds(role * 64, given_rows)
             plgpu.copy_gmem_to_smem(q_ref.at[tile, head, there], q_own.at[here], ready)
 
             def of_rows(ref: Any) -> jax.Array:
-                return _load(ref.at[own], ROWS)
+                return load(ref.at[own], ROWS)
 
             most = plgpu.layout_cast(jnp.full((64,), MASKED, jnp.float32), ROWS)
             mass = plgpu.layout_cast(jnp.zeros((64,), jnp.float32), ROWS)
@@ -225,14 +154,14 @@ def attend_tiles(
             def block(i: jax.Array, carry: Any, masked: bool) -> Any:
                 total, most, mass = carry
                 stage = pair * stages + lax.rem(i, stages)
-                plgpu.barrier_wait(k_ready.at[stage])
+                plgpu.barrier_wait(scratch["k_ready"].at[stage])
 
                 def multiply(acc: Any) -> jax.Array:
                     plgpu.wgmma(acc, q_own, k_smem.at[stage].transpose((1, 0)))
                     return acc[...]
 
                 logits = pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((64, keys), jnp.float32))
-                plgpu.barrier_arrive(k_free.at[stage])
+                plgpu.barrier_arrive(scratch["k_free"].at[stage])
                 if soft_cap is not None:
                     # tanh through exp2: the hardware's own tanh is good to 11 bits.
                     squared = jnp.exp2(logits * (product_scale * (2 * LOG2E / soft_cap)))
@@ -254,7 +183,7 @@ def attend_tiles(
                 mass = mass * fade + weights.sum(axis=1)
                 total = total * _across(fade, total)
                 weights = weights.astype(q.dtype)
-                plgpu.barrier_wait(v_ready.at[stage])
+                plgpu.barrier_wait(scratch["v_ready"].at[stage])
                 if interpret is None:
                     accumulate = pl.run_state(lambda acc: plgpu.wgmma(acc, weights, v_smem.at[stage]))
                     total = accumulate(plgpu.WGMMAAccumulatorRef.init(total))
@@ -262,7 +191,7 @@ def attend_tiles(
                     # The simulator has no wgmma whose left operand is in registers.
                     total += jnp.dot(weights, v_smem[stage], preferred_element_type=jnp.float32)
                     plgpu.commit_smem()
-                plgpu.barrier_arrive(v_free.at[stage])
+                plgpu.barrier_arrive(scratch["v_free"].at[stage])
                 return total, new_most, mass
 
             carry = plgpu.layout_cast(jnp.zeros((64, head_dim), jnp.float32), MATRIX), most, mass
@@ -278,13 +207,16 @@ def attend_tiles(
             plgpu.copy_smem_to_gmem(out_own.at[here], out_ref.at[item, head, there])
             plgpu.wait_smem_to_gmem(0)
 
-        registers = _registers(tiling.threads, head_dim)
+        registers = _registers(tiling, pages)
 
         @pl.when((blocks > 0) & (role == warpgroups))
         def _() -> None:
             if registers is not None:
                 plgpu.set_max_registers(registers[0], action="decrease")
-            fetch()
+            sequence = items_ref[item, schedule.SEQUENCE]
+            first_row = layer_ref[0] * (num_pages * page_size)
+            share = Share(pair, head, sequence, start, stop, blocks, first_row)
+            fetch(share, kv_ref, table_ref, scratch, pages, tiling)
 
         @pl.when((blocks > 0) & (role < warpgroups))
         def _() -> None:
@@ -293,23 +225,17 @@ def attend_tiles(
             compute()
 
     kernel = plgpu.kernel(
-        body,
+        paged_attention,
         out_type=(
             jax.ShapeDtypeStruct((items.shape[0], kv_heads, given, head_dim), out_dtype),
             jax.ShapeDtypeStruct((items.shape[0], kv_heads, tiling.rows), jnp.float32),
         ),
-        scratch_types=(
-            _shared((pairs, tiling.rows, head_dim), q.dtype),
-            _shared((pairs * stages, keys, head_dim), q.dtype),
-            _shared((pairs * stages, keys, head_dim), q.dtype),
-            plgpu.Barrier(num_barriers=pairs * warpgroups),
-            plgpu.Barrier(num_barriers=pairs * stages, num_arrivals=copies),
-            plgpu.Barrier(num_barriers=pairs * stages, num_arrivals=copies),
-            plgpu.Barrier(num_barriers=pairs * stages, num_arrivals=warpgroups),
-            plgpu.Barrier(num_barriers=pairs * stages, num_arrivals=warpgroups),
-            plgpu.Barrier(num_barriers=pairs, num_arrivals=copies),
-            *([_shared((pairs, tiling.rows, head_dim), out_dtype)] if own_out else []),
-        ),
+        scratch_types={
+            "q": shared((pairs, tiling.rows, head_dim), q.dtype),
+            "q_ready": plgpu.Barrier(num_barriers=pairs * warpgroups),
+            **({"out": shared((pairs, tiling.rows, head_dim), out_dtype)} if own_out else {}),
+            **pages.scratch(tiling),
+        },
         grid=(-(-units // pairs),),
         grid_names=("block",),
         num_threads=tiling.threads,

@@ -56,6 +56,19 @@ CASES = {
     "pages of 16, mixed": Case(LAYERS["llama-3.1-8b"], False, 16),
     "pages of 256, mixed": Case(LAYERS["llama-3.1-8b"], False, 256),
     "a lone decode": Case(LAYERS["llama-3.1-8b"], True, 64, num_seqs=1),
+    **{
+        f"{dtype} pages, {'decode' if decode_only else 'mixed'}": Case(
+            LAYERS["llama-3.1-8b"], decode_only, 64, cache_dtype=jnp.dtype(dtype)
+        )
+        for dtype in ("int8", "float8_e4m3fn", "float8_e5m2")
+        for decode_only in (True, False)
+    },
+    "float8_e4m3fn pages, head_dim 256, mixed": Case(
+        LAYERS["gemma-2-9b"], False, 64, cache_dtype=jnp.float8_e4m3fn
+    ),
+    "float8_e4m3fn pages, float16, decode": Case(
+        LAYERS["qwen3-0.6b"], True, 16, dtype=jnp.float16, cache_dtype=jnp.float8_e4m3fn
+    ),
     "float16, mixed": Case(LAYERS["llama-3.1-8b"], False, 64, dtype=jnp.float16),
 }
 
