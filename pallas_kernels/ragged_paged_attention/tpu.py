@@ -85,7 +85,7 @@ def attend(
         ),
         input_output_aliases={8 + len(given): 1},
         cost_estimate=_cost(q, kv_pages, page_table),
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM_BYTES),
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM_BYTES, disable_bounds_checks=True),
         name="ragged_paged_attention",
     )
     out, pages, lse = call(

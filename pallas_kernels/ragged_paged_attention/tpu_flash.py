@@ -20,6 +20,7 @@ from pallas_kernels.ragged_paged_attention.tpu_work import Item, Tile, Tiling, W
 
 RING = 2
 LANES = 128
+SEPARATED = 64
 # Finite, so that a row that has seen nothing yet gives exp(MASKED - MASKED) and not NaN.
 MASKED = -(2.0**127)
 
@@ -29,6 +30,7 @@ class Scratch(NamedTuple):
 
     tables: Any
     kv_blocks: Any
+    separate: Any
     q_tiles: Any
     queries: Any
     running_max: Any
@@ -61,6 +63,7 @@ def scratch_shapes(
     return Scratch(
         tables=pltpu.SMEM((2, 1, pages_per_seq), jnp.int32),
         kv_blocks=pltpu.VMEM((RING, tiling.keys, *page_rows), cache_dtype),
+        separate=pltpu.VMEM((page_rows[0], tiling.keys, lanes), compute_dtype),
         q_tiles=pltpu.VMEM((RING, tiling.queries, heads, lanes), q_dtype),
         queries=pltpu.VMEM((kv_heads, rows, lanes), compute_dtype),
         running_max=pltpu.VMEM((kv_heads, rows, 1), jnp.float32),
@@ -142,13 +145,13 @@ class FlashTile:
         rows = self.group * height
         precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
         self._clean_block(item, tile, slot)
-        block = _by_row(scratch.kv_blocks[slot], dtype)
+        self._separate_rows(slot)
 
         distance, visible = self._visible(item, tile, height)
         for head in range(kv_heads):
             key_row, value_row = self._rows_of(head)
             logits = lax.dot_general(
-                scratch.queries[head, :rows], block[key_row], (((1,), (1,)), ((), ())),
+                scratch.queries[head, :rows], scratch.separate[key_row], (((1,), (1,)), ((), ())),
                 precision=precision, preferred_element_type=jnp.float32,
             )  # fmt: skip
             logits = options.cap(logits * (options.scale * self.scales[0]))
@@ -166,7 +169,7 @@ class FlashTile:
             )
             partial = jnp.dot(
                 weights.astype(dtype),
-                block[value_row],
+                scratch.separate[value_row],
                 precision=precision,
                 preferred_element_type=jnp.float32,
             )
@@ -184,6 +187,20 @@ class FlashTile:
 
         lax.fori_loop(0, begin, clean, None)
         lax.fori_loop(end, keys, clean, None)
+
+    def _separate_rows(self, slot: jax.Array) -> None:
+        """[keys, rows, lanes] as it was fetched to [rows, keys, lanes], in steps that fit in registers."""
+        scratch = self.scratch
+        keys = self.work.tiling.keys
+        step = next(size for size in (SEPARATED, keys) if keys % size == 0)
+
+        def separate(index: jax.Array, _: None) -> None:
+            place = pl.ds(pl.multiple_of(index * step, step), step)
+            rows = _by_row(scratch.kv_blocks[slot, place], scratch.separate.dtype)
+            for row, values in enumerate(rows):
+                scratch.separate[row, place] = values
+
+        lax.fori_loop(0, keys // step, separate, None)
 
     def _visible(self, item: Item, tile: Tile, height: int) -> tuple[jax.Array, jax.Array]:
         """(query position - key position int32, whether it is seen), each [group * height, keys]."""
