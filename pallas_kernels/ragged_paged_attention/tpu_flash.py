@@ -6,6 +6,7 @@ other. The rows of a head's tile are its group of query heads times the tile's q
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -65,10 +66,10 @@ def scratch_shapes(
         kv_blocks=pltpu.VMEM((RING, tiling.keys, *page_rows), cache_dtype),
         separate=pltpu.VMEM((page_rows[0], tiling.keys, lanes), compute_dtype),
         q_tiles=pltpu.VMEM((RING, tiling.queries, heads, lanes), q_dtype),
-        queries=pltpu.VMEM((kv_heads, rows, lanes), compute_dtype),
-        running_max=pltpu.VMEM((kv_heads, rows, 1), jnp.float32),
-        running_sum=pltpu.VMEM((kv_heads, rows, 1), jnp.float32),
-        acc=pltpu.VMEM((kv_heads, rows, lanes), jnp.float32),
+        queries=pltpu.VMEM((kv_heads * rows, lanes), compute_dtype),
+        running_max=pltpu.VMEM((kv_heads * rows, 1), jnp.float32),
+        running_sum=pltpu.VMEM((kv_heads * rows, 1), jnp.float32),
+        acc=pltpu.VMEM((kv_heads * rows, lanes), jnp.float32),
         row_words=pltpu.VMEM((max(1, words_per_row), tiling.queries, 1), jnp.int32),
         out_tile=pltpu.VMEM((tiling.queries, heads, lanes), q_dtype),
         lse_tile=pltpu.VMEM((tiling.queries, heads, LANES), jnp.float32),
@@ -101,26 +102,29 @@ class FlashTile:
     scratch: Scratch
 
     @property
+    def heads(self) -> int:
+        """Query heads."""
+        return self.scratch.out_tile.shape[1]
+
+    @property
     def options(self) -> AttentionOptions:
         return self.work.options
 
     def start(self, item: Item, tile: Tile, slot: jax.Array, height: int) -> None:
         """Takes the tile's queries from their ring slot, and begins an empty softmax."""
         scratch = self.scratch
-        kv_heads, _, lanes = scratch.queries.shape
-        rows = self.group * height
         queries = scratch.q_tiles[slot].astype(scratch.queries.dtype)
         queries = queries[0] if height == 1 else jnp.swapaxes(queries, 0, 1)
-        scratch.queries[:, :rows] = queries.reshape(kv_heads, rows, lanes)
-        scratch.acc[:, :rows] = jnp.zeros((kv_heads, rows, lanes), jnp.float32)
-        for head in range(kv_heads):
+        rows, lanes = self.heads * height, queries.shape[-1]
+        scratch.queries[:rows] = queries.reshape(rows, lanes)
+        scratch.acc[:rows] = jnp.zeros((rows, lanes), jnp.float32)
+        if self.sinks is None:
+            scratch.running_max[:rows] = jnp.full((rows, 1), MASKED)
+            scratch.running_sum[:rows] = jnp.zeros((rows, 1), jnp.float32)
+        else:
             # A sink is a logit that has been seen already, and has no value behind it.
-            if self.sinks is None:
-                scratch.running_max[head, :rows] = jnp.full((rows, 1), MASKED)
-                scratch.running_sum[head, :rows] = jnp.zeros((rows, 1), jnp.float32)
-            else:
-                scratch.running_max[head, :rows] = self._per_row(self.sinks, head, height)
-                scratch.running_sum[head, :rows] = jnp.ones((rows, 1), jnp.float32)
+            scratch.running_max[:rows] = self._per_row(self.sinks, 0, self.heads, height)
+            scratch.running_sum[:rows] = jnp.ones((rows, 1), jnp.float32)
         if self.row_words is not None:
 
             def set_words(query: jax.Array, _: None) -> None:
@@ -130,50 +134,69 @@ class FlashTile:
 
             lax.fori_loop(0, tile.num_queries, set_words, None)
 
-    def _per_row(self, of_head: Any, kv_head: int, height: int) -> jax.Array:
-        """float32[heads] in SMEM to [group * height, 1], for the rows of one key-value head."""
-        member = lax.broadcasted_iota(jnp.int32, (self.group, height, 1), 0).reshape(-1, 1)
-        values = jnp.full(member.shape, of_head[kv_head * self.group])
-        for index in range(1, self.group):
-            values = jnp.where(member == index, of_head[kv_head * self.group + index], values)
+    def _per_row(self, of_head: Any, first: int, count: int, height: int) -> jax.Array:
+        """float32[heads] in SMEM to [count * height, 1], for the rows of `count` query heads."""
+        head = lax.broadcasted_iota(jnp.int32, (count, height, 1), 0).reshape(-1, 1)
+        values = jnp.full(head.shape, of_head[first])
+        for index in range(1, count):
+            values = jnp.where(head == index, of_head[first + index], values)
         return values
 
     def attend(self, item: Item, tile: Tile, slot: jax.Array, height: int) -> None:
         """One item: logits, mask, running maximum and sum, and the weighted values."""
-        scratch, options = self.scratch, self.options
-        kv_heads, dtype = scratch.queries.shape[0], scratch.queries.dtype
-        rows = self.group * height
-        precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
         self._clean_block(item, tile, slot)
         self._separate_rows(slot)
+        kv_heads = self.heads // self.group
+        # Heads of few rows are taken together: what is done to a row costs as much as to eight.
+        together = kv_heads if height == 1 else 1
+        distance, visible = self._visible(item, tile, together * self.group, height)
+        for first in range(0, kv_heads, together):
+            self._attend_heads(range(first, first + together), height, distance, visible)
 
-        distance, visible = self._visible(item, tile, height)
-        for head in range(kv_heads):
-            key_row, value_row = self._rows_of(head)
-            logits = lax.dot_general(
-                scratch.queries[head, :rows], scratch.separate[key_row], (((1,), (1,)), ((), ())),
-                precision=precision, preferred_element_type=jnp.float32,
-            )  # fmt: skip
-            logits = options.cap(logits * (options.scale * self.scales[0]))
-            if self.slopes is not None:
-                logits -= self._per_row(self.slopes, head, height) * distance.astype(jnp.float32)
-            logits = jnp.where(visible, logits, MASKED)
+    def _attend_heads(self, heads: range, height: int, distance: jax.Array, visible: jax.Array) -> None:
+        """Key-value heads `heads`; distance and visible are [their rows, keys]."""
+        scratch, options, dtype = self.scratch, self.options, self.scratch.queries.dtype
+        rows = self.group * height
+        own = pl.ds(heads.start * rows, len(heads) * rows)
+        dot = functools.partial(
+            lax.dot_general,
+            precision=lax.Precision.HIGHEST if dtype == jnp.float32 else None,
+            preferred_element_type=jnp.float32,
+        )
+        logits = jnp.concatenate(
+            [
+                dot(
+                    scratch.queries[pl.ds(head * rows, rows)],
+                    scratch.separate[self._rows_of(head)[0]],
+                    (((1,), (1,)), ((), ())),
+                )
+                for head in heads
+            ]
+        )
+        logits = options.cap(logits * (options.scale * self.scales[0]))
+        if self.slopes is not None:
+            slopes = self._per_row(self.slopes, heads.start * self.group, len(heads) * self.group, height)
+            logits -= slopes * distance.astype(jnp.float32)
+        logits = jnp.where(visible, logits, MASKED)
 
-            old_max = scratch.running_max[head, :rows]
-            new_max = jnp.maximum(old_max, jnp.max(logits, axis=1, keepdims=True))
-            weights = jnp.exp(logits - new_max)
-            decay = jnp.exp(old_max - new_max)
-            scratch.running_max[head, :rows] = new_max
-            scratch.running_sum[head, :rows] = decay * scratch.running_sum[head, :rows] + jnp.sum(
-                weights, axis=1, keepdims=True
-            )
-            partial = jnp.dot(
-                weights.astype(dtype),
-                scratch.separate[value_row],
-                precision=precision,
-                preferred_element_type=jnp.float32,
-            )
-            scratch.acc[head, :rows] = decay * scratch.acc[head, :rows] + partial
+        old_max = scratch.running_max[own]
+        new_max = jnp.maximum(old_max, jnp.max(logits, axis=1, keepdims=True))
+        weights = jnp.exp(logits - new_max)
+        decay = jnp.exp(old_max - new_max)
+        scratch.running_max[own] = new_max
+        scratch.running_sum[own] = decay * scratch.running_sum[own] + jnp.sum(weights, axis=1, keepdims=True)
+        weights = weights.astype(dtype)
+        partial = jnp.concatenate(
+            [
+                dot(
+                    weights[index * rows : (index + 1) * rows],
+                    scratch.separate[self._rows_of(head)[1]],
+                    (((1,), (0,)), ((), ())),
+                )
+                for index, head in enumerate(heads)
+            ]
+        )
+        scratch.acc[own] = decay * scratch.acc[own] + partial
 
     def _clean_block(self, item: Item, tile: Tile, slot: jax.Array) -> None:
         """Zeroes what no query sees: it may be anything, and zero times NaN is NaN."""
@@ -202,18 +225,18 @@ class FlashTile:
 
         lax.fori_loop(0, keys // step, separate, None)
 
-    def _visible(self, item: Item, tile: Tile, height: int) -> tuple[jax.Array, jax.Array]:
-        """(query position - key position int32, whether it is seen), each [group * height, keys]."""
+    def _visible(self, item: Item, tile: Tile, heads: int, height: int) -> tuple[jax.Array, jax.Array]:
+        """(query position - key position int32, whether it is seen), each [heads * height, keys]."""
         options, words = self.options, self.scratch.row_words
-        shape = (self.group * height, self.work.tiling.keys)
-        query = lax.broadcasted_iota(jnp.int32, (self.group, height, shape[1]), 1).reshape(shape)
+        shape = (heads * height, self.work.tiling.keys)
+        query = lax.broadcasted_iota(jnp.int32, (heads, height, shape[1]), 1).reshape(shape)
         key = lax.broadcasted_iota(jnp.int32, shape, 1)
         first_key = item.block * self.work.tiling.keys
         distance = query - key + (tile.position - first_key)
         visible = distance >= 0
 
         def of_rows(word: int) -> jax.Array:
-            return jnp.concatenate([words[word, :height]] * self.group, axis=0)
+            return jnp.concatenate([words[word, :height]] * heads, axis=0)
 
         if options.span_ends is not None:
             visible |= key < of_rows(0) - first_key
@@ -233,30 +256,30 @@ class FlashTile:
         return distance, visible
 
     def _rows_of(self, kv_head: int) -> tuple[int, int]:
-        """The rows of a page that hold the head's keys and its values; see `page_rows`."""
-        kv_heads, num_rows = self.scratch.queries.shape[0], self.scratch.kv_blocks.shape[2]
-        if num_rows == 2 * kv_heads:
+        """The rows of a page that hold the head's keys and its values; see `tpu.page_rows`."""
+        kv_heads, page_rows = self.heads // self.group, self.scratch.kv_blocks.shape[2]
+        if page_rows == 2 * kv_heads:
             return 2 * kv_head, 2 * kv_head + 1
-        return kv_head * num_rows // kv_heads, kv_head * num_rows // kv_heads
+        return kv_head * page_rows // kv_heads, kv_head * page_rows // kv_heads
 
     def finish(self, height: int) -> None:
         """Divides by the sums, and lays the tile out as it leaves."""
         scratch = self.scratch
-        rows, heads = self.group * height, scratch.out_tile.shape[1]
+        rows = self.heads * height
 
         def store(target: Any, values: jax.Array) -> None:
-            """[kv_heads, group * height, lanes] to the target's [height, heads, lanes]."""
+            """[heads * height, lanes] to the target's [height, heads, lanes]."""
             values = values.astype(target.dtype)
             if height == 1:
-                target[0] = values.reshape(heads, values.shape[2])
+                target[0] = values
             else:
-                target[...] = jnp.swapaxes(values.reshape(heads, height, values.shape[2]), 0, 1)
+                target[...] = jnp.swapaxes(values.reshape(self.heads, height, values.shape[1]), 0, 1)
 
-        weight_sum = scratch.running_sum[:, :rows]
-        store(scratch.out_tile, scratch.acc[:, :rows] * (self.scales[1] / weight_sum))
+        weight_sum = scratch.running_sum[:rows]
+        store(scratch.out_tile, scratch.acc[:rows] * (self.scales[1] / weight_sum))
         if self.options.return_lse:
-            lse = scratch.running_max[:, :rows] + jnp.log(weight_sum)
-            store(scratch.lse_tile, jnp.broadcast_to(lse, (*lse.shape[:2], LANES)))
+            lse = scratch.running_max[:rows] + jnp.log(weight_sum)
+            store(scratch.lse_tile, jnp.broadcast_to(lse, (rows, LANES)))
 
 
 def _by_row(block: jax.Array, dtype: jnp.dtype) -> list[jax.Array]:
