@@ -7,6 +7,7 @@ other. The rows of a head's tile are its group of query heads times the tile's q
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,7 +22,9 @@ from pallas_kernels.ragged_paged_attention.tpu_work import Item, Tile, Tiling, W
 
 RING = 2
 LANES = 128
-SEPARATED = 64
+# What is transposed at once: more does not fit in registers.
+SEPARATED = 64  # keys
+STRIP = 16  # queries
 # Finite, so that a row that has seen nothing yet gives exp(MASKED - MASKED) and not NaN.
 MASKED = -(2.0**127)
 
@@ -113,10 +116,17 @@ class FlashTile:
     def start(self, item: Item, tile: Tile, slot: jax.Array, height: int) -> None:
         """Takes the tile's queries from their ring slot, and begins an empty softmax."""
         scratch = self.scratch
-        queries = scratch.q_tiles[slot].astype(scratch.queries.dtype)
-        queries = queries[0] if height == 1 else jnp.swapaxes(queries, 0, 1)
-        rows, lanes = self.heads * height, queries.shape[-1]
-        scratch.queries[:rows] = queries.reshape(rows, lanes)
+        rows, lanes = self.heads * height, scratch.queries.shape[1]
+
+        def take(first: jax.Array | int, count: int) -> None:
+            queries = scratch.q_tiles[slot, pl.ds(first, count)].astype(scratch.queries.dtype)
+            for head, values in enumerate(jnp.swapaxes(queries, 0, 1)):
+                scratch.queries[pl.ds(head * height + first, count)] = values
+
+        if height == 1:
+            scratch.queries[:rows] = scratch.q_tiles[slot, 0].astype(scratch.queries.dtype)
+        else:
+            _in_strips(tile.num_queries, take)
         scratch.acc[:rows] = jnp.zeros((rows, lanes), jnp.float32)
         if self.sinks is None:
             scratch.running_max[:rows] = jnp.full((rows, 1), MASKED)
@@ -262,24 +272,38 @@ class FlashTile:
             return 2 * kv_head, 2 * kv_head + 1
         return kv_head * page_rows // kv_heads, kv_head * page_rows // kv_heads
 
-    def finish(self, height: int) -> None:
-        """Divides by the sums, and lays the tile out as it leaves."""
+    def finish(self, tile: Tile, height: int) -> None:
+        """Divides by the sums, and lays the tile out as it leaves: [height, heads, lanes]."""
         scratch = self.scratch
-        rows = self.heads * height
 
-        def store(target: Any, values: jax.Array) -> None:
-            """[heads * height, lanes] to the target's [height, heads, lanes]."""
-            values = values.astype(target.dtype)
-            if height == 1:
+        def results(rows: Any) -> list[tuple[Any, jax.Array]]:
+            weight_sum = scratch.running_sum[rows]
+            found = [(scratch.out_tile, scratch.acc[rows] * (self.scales[1] / weight_sum))]
+            if self.options.return_lse:
+                lse = scratch.running_max[rows] + jnp.log(weight_sum)
+                found.append((scratch.lse_tile, jnp.broadcast_to(lse, (lse.shape[0], LANES))))
+            return [(target, values.astype(target.dtype)) for target, values in found]
+
+        def give(first: jax.Array | int, count: int) -> None:
+            per_head = [results(pl.ds(head * height + first, count)) for head in range(self.heads)]
+            for of_heads in zip(*per_head, strict=True):
+                values = jnp.stack([values for _, values in of_heads])
+                of_heads[0][0][pl.ds(first, count)] = jnp.swapaxes(values, 0, 1)
+
+        if height == 1:
+            for target, values in results(pl.ds(0, self.heads)):
                 target[0] = values
-            else:
-                target[...] = jnp.swapaxes(values.reshape(self.heads, height, values.shape[1]), 0, 1)
+        else:
+            _in_strips(tile.num_queries, give)
 
-        weight_sum = scratch.running_sum[:rows]
-        store(scratch.out_tile, scratch.acc[:rows] * (self.scales[1] / weight_sum))
-        if self.options.return_lse:
-            lse = scratch.running_max[:rows] + jnp.log(weight_sum)
-            store(scratch.lse_tile, jnp.broadcast_to(lse, (rows, LANES)))
+
+def _in_strips(num_queries: jax.Array, do: Callable[[jax.Array | int, int], None]) -> None:
+    """do(first, count) for strips that cover the queries: whole, what is transposed would not fit in registers."""
+
+    def strip(index: jax.Array, _: None) -> None:
+        do(pl.multiple_of(index * STRIP, STRIP), STRIP)
+
+    lax.fori_loop(0, pl.cdiv(num_queries, STRIP), strip, None)
 
 
 def _by_row(block: jax.Array, dtype: jnp.dtype) -> list[jax.Array]:

@@ -171,7 +171,7 @@ class _Program:
         @pl.when(self.work.is_last_of_tile(item, tile))
         def _() -> None:
             self._wait_for_output(last_row, last_count)
-            self.flash.finish(height)
+            self.flash.finish(tile, height)
             for copy in self._output_copies(item.row, tile.num_queries):
                 copy.start()
 

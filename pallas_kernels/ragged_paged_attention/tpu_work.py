@@ -23,7 +23,8 @@ class Tiling:
     """How many queries and keys a work item covers.
 
     Attributes:
-        queries: tokens in a tile of a sequence that has more than one query.
+        queries: tokens in a tile of a sequence that has more than one query: a multiple of 16, or 1 where
+            there are none.
         keys: tokens in a block of keys, a multiple of the page size.
     """
 
