@@ -13,10 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from benchmarks import checkpoint, compare, machine, peers, shapes, startup
+from benchmarks import checkpoint, compare, fidelity, machine, peers, profile_steps, shapes, startup
 from benchmarks.cost import ModelCost
 from benchmarks.workloads import STANDARD, Workload, parse_workload
+from jaxllm.execution.buckets import step_shapes
 from jaxllm.models.config import ModelConfig
+from jaxllm.scheduling.simulator import FittedCost
+from jaxllm.scheduling.simulator.fitted import Shape
 
 # Parameter counts that the models' cards state, in billions.
 PARAMETERS = {
@@ -223,6 +226,32 @@ def test_a_start_is_timed_to_its_first_token(tiny: str, tmp_path: Path) -> None:
     assert all(0 < seconds < start.seconds for _, seconds in start.log)
     with pytest.raises(RuntimeError, match="did not start"):
         startup.start_once({"model": str(tmp_path / "nothing")}, 4, "cold")
+
+
+def test_steps_are_recorded_and_what_is_fitted_is_served(
+    tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["--shape", tiny, "--max-model-len", "64", "--max-num-seqs", "4", "--repeats", "1"]
+    common += ["--max-num-batched-tokens", "32"]
+    out, steps = tmp_path / "cost.json", tmp_path / "steps.json"
+    profile_steps.main([*common, "--out", str(out), "--json", str(steps)])
+    cost = FittedCost.load(out)
+    # Every shape that such an engine compiles was run.
+    compiled = step_shapes(4, 32, 4)
+    assert set(cost.shapes) == {Shape(s.num_tokens, s.num_seqs, s.decode_only) for s in compiled}
+    recorded = json.loads(steps.read_text())
+    assert min(seconds for *_, seconds in recorded) > 0
+    for shape, seconds in cost.shapes.items():
+        own = [step[-1] for step in recorded if step[0] == list(shape)]
+        assert 0 < seconds <= 3 * np.median(own)
+
+    rows = tmp_path / "rows.json"
+    fidelity.main([*common, "--num-requests", "6", "--rate", "50", "--scale", "0.02", "--json", str(rows)])
+    compared = json.loads(rows.read_text())
+    assert len(compared) == 5
+    for row in compared:
+        assert row["num_requests"] == 6
+        assert all(value > 0 for side in ("engine", "simulated") for value in row[side].values())
 
 
 @pytest.mark.parity

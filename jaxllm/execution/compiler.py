@@ -26,6 +26,9 @@ class StepCompiler:
         compile_step: makes the executable of a shape.
         shapes: every shape there will be, the covering ones first.
         complete: compile all of them before `wait` returns, and none after.
+
+    Attributes:
+        shapes: every shape, compiled or not yet.
     """
 
     def __init__(
@@ -33,12 +36,12 @@ class StepCompiler:
     ) -> None:
         self._compile_step = compile_step
         self._ready: dict[StepShape, Any] = {}
-        self._shapes = list(shapes)
+        self.shapes = list(shapes)
         self._closed = threading.Event()
         self._started = time.monotonic()
-        self._num_foreground = len(self._shapes) if complete else num_covering(self._shapes)
+        self._num_foreground = len(self.shapes) if complete else num_covering(self.shapes)
         pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="jaxllm-compile")
-        self._foreground = [pool.submit(self._compile, s) for s in self._shapes[: self._num_foreground]]
+        self._foreground = [pool.submit(self._compile, s) for s in self.shapes[: self._num_foreground]]
         pool.shutdown(wait=False)
         self._background: threading.Thread | None = None
         self._background_error: BaseException | None = None
@@ -52,7 +55,7 @@ class StepCompiler:
         for future in tqdm(self._foreground, desc="Compiling", unit="step", disable=not progress):
             future.result()
         logger.info("compiled %d steps in %.1f s", len(self._foreground), time.monotonic() - self._started)
-        rest = self._shapes[self._num_foreground :]
+        rest = self.shapes[self._num_foreground :]
         if rest:
             logger.info("compiling %d more in the background; each is used as soon as it is ready", len(rest))
             self._background = threading.Thread(target=self._compile_rest, args=[rest], name="jaxllm-compile")
@@ -94,7 +97,7 @@ class StepCompiler:
         if shape is None:
             raise RecompilationError(
                 f"no compiled step takes {num_tokens} tokens of {num_seqs} sequences; the scheduler must "
-                f"keep within max_num_batched_tokens and max_num_seqs; the largest is {self._shapes[0]}."
+                f"keep within max_num_batched_tokens and max_num_seqs; the largest is {self.shapes[0]}."
             )
         return shape, self._ready[shape]
 

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from jaxllm.execution.batch import StepShape
+from jaxllm.execution.buckets import choose
 from jaxllm.request import Request, SchedulingTerms
 from jaxllm.sampling_params import SamplingParams
 from jaxllm.scheduling import Plan, ScheduledRequest, load_policy
@@ -21,6 +23,7 @@ from jaxllm.scheduling.simulator import (
     WORKLOADS,
     FittedCost,
     ModelFigures,
+    RecordedStep,
     RooflineCost,
     TracedRequest,
     make_workload,
@@ -30,6 +33,7 @@ from jaxllm.scheduling.simulator import (
     write_trace,
 )
 from jaxllm.scheduling.simulator.costs import StepFeatures
+from jaxllm.scheduling.simulator.fitted import Shape
 from jaxllm.simulate import main, parse_rates
 from tests.scheduling.simulated_device import make_config
 
@@ -144,28 +148,50 @@ def test_the_roofline_by_hand() -> None:
     assert cost.seconds(plan_of((0, 8192, True))) == pytest.approx(flops / (989e12 * 0.5))
 
 
+SHAPES = [Shape(1, 1, True), Shape(4, 4, True), Shape(8, 8, True), Shape(16, 8, False), Shape(256, 8, False)]
+
+
 def test_a_fit_finds_the_prices_that_the_steps_were_made_with() -> None:
     rng = np.random.default_rng(0)
-    prices = np.array([2e-5, 3e-5, 0.0, 4e-8, 5e-10])
-    steps = []
-    for _ in range(200):
-        rows = [(int(rng.integers(0, 4000)), int(rng.choice([1, 1, 1, 200])), True) for _ in range(8)]
-        features = StepFeatures.of(plan_of(*rows[: int(rng.integers(1, 9))]))
-        steps.append((features, float((2e-3 + prices @ features) * rng.normal(1, 0.01))))
+    true = FittedCost({s: 0.002 + 1e-4 * s.num_tokens for s in SHAPES}, 4e-7, 5e-9)
+    plans, steps = [], []
+    for _ in range(400):
+        count = int(rng.integers(1, 9))
+        long = int(rng.choice([1, 5, 200])) if rng.random() < 0.5 else 1
+        rows = [(int(rng.integers(0, 4000)), long if i == 0 else 1, True) for i in range(count)]
+        plan = plan_of(*rows)
+        plans.append(plan)
+        seconds = true.seconds(plan) * float(rng.normal(1, 0.01))
+        disturbed = 10 if rng.random() < 0.02 else 1
+        steps.append(RecordedStep.of(plan, true.shape_of(plan), seconds * disturbed))
     cost = FittedCost.fit(steps)
-    for features, seconds in steps:
-        rows_cost = cost.fixed + sum(cost.prices[n] * x for n, x in features._asdict().items())
-        assert rows_cost == pytest.approx(seconds, rel=0.06)  # six times the noise
-    assert min(cost.fixed, *cost.prices.values()) >= 0
-    with pytest.raises(ValueError, match="3 steps do not determine 6 prices"):
-        FittedCost.fit(steps[:3])
+    assert cost.shapes.keys() == set(SHAPES)
+    for plan in plans:
+        assert cost.seconds(plan) == pytest.approx(true.seconds(plan), rel=0.02)  # twice the noise
+    with pytest.raises(ValueError, match="no recorded steps"):
+        FittedCost.fit([])
+    with pytest.raises(ValueError, match="a step of 300 tokens of 1 requests is larger"):
+        cost.seconds(plan_of((0, 300, True)))
+
+
+def test_a_plan_runs_in_the_shape_that_the_engine_would_choose() -> None:
+    cost = FittedCost(dict.fromkeys(SHAPES, 0.0), 0.0, 0.0)
+    rng = random.Random(0)
+    for _ in range(300):
+        rows = [(0, rng.choice([1, 1, 1, 6, 40]), True) for _ in range(rng.randrange(1, 7))]
+        plan = plan_of(*rows)
+        decode_only = plan.num_tokens == len(rows)
+        compiled = [StepShape(s.num_tokens, s.num_seqs, 9, s.decode_only) for s in SHAPES]
+        chosen = choose(compiled, plan.num_tokens, len(rows), decode_only)
+        assert chosen is not None
+        assert cost.shape_of(plan) == Shape(chosen.num_tokens, chosen.num_seqs, chosen.decode_only)
 
 
 def test_a_fit_survives_being_saved(tmp_path: Path) -> None:
-    cost = FittedCost(0.5, dict(zip(StepFeatures._fields, (1.0, 2.0, 3.0, 4.0, 5.0), strict=True)), window=7)
+    cost = FittedCost({shape: 0.5 * shape.num_tokens for shape in SHAPES}, 1e-7, 2e-9)
     cost.save(tmp_path / "cost.json")
     assert FittedCost.load(tmp_path / "cost.json") == cost
-    for text in ("{", '{"fixed": 1}', '{"fixed": 1, "prices": {"num_tokens": 1}}'):
+    for text in ("{", '{"shapes": []}', '{"shapes": [[1]], "decode_context": 1, "prompt_pairs": 1}', "[]"):
         (tmp_path / "wrong.json").write_text(text)
         with pytest.raises(ValueError, match=r"wrong\.json"):
             FittedCost.load(tmp_path / "wrong.json")
@@ -325,7 +351,7 @@ class TestCommandLine:
 
     def test_a_trace_and_a_fitted_cost(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         write_trace(tmp_path / "trace.jsonl", make_workload("tenants", rate=3.0, num_requests=20))
-        FittedCost(0.01, dict.fromkeys(StepFeatures._fields, 0.0)).save(tmp_path / "cost.json")
+        FittedCost({Shape(8192, 256, False): 0.01}, 0.0, 0.0).save(tmp_path / "cost.json")
         given = ("--trace", str(tmp_path / "trace.jsonl"), "--cost", str(tmp_path / "cost.json"))
         assert self.run(*given) == 0
         printed = capsys.readouterr().out

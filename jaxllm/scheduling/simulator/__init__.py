@@ -6,8 +6,9 @@ is missing: a cost model says how long a step would take on it.
 
 from __future__ import annotations
 
-from jaxllm.scheduling.simulator.costs import CostModel, FittedCost, ModelFigures, RooflineCost
+from jaxllm.scheduling.simulator.costs import CostModel, ModelFigures, RooflineCost
 from jaxllm.scheduling.simulator.devices import DEVICES, Device
+from jaxllm.scheduling.simulator.fitted import FittedCost, RecordedStep
 from jaxllm.scheduling.simulator.metrics import Summary, summarize
 from jaxllm.scheduling.simulator.simulate import RequestRecord, Simulation, StepRecord, simulate
 from jaxllm.scheduling.simulator.trace import TracedRequest, read_trace, write_trace
@@ -20,6 +21,7 @@ __all__ = [
     "Device",
     "FittedCost",
     "ModelFigures",
+    "RecordedStep",
     "RequestRecord",
     "RooflineCost",
     "Simulation",

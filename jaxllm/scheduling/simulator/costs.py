@@ -1,14 +1,9 @@
-"""How long a step would take: from what a model computes and a device can do, or from recorded steps."""
+"""How long a step would take, from what a model computes and a device can do."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
-
-import numpy as np
 
 from jaxllm.scheduling.plan import Plan
 from jaxllm.scheduling.simulator.devices import Device
@@ -125,81 +120,3 @@ class RooflineCost:
         arithmetic = (products + attention) / (self.device.flops * self.flops_share)
         memory = (model.weight_bytes + kv) / (self.device.bandwidth * self.bandwidth_share)
         return max(arithmetic, memory) / self.num_devices + self.overhead
-
-
-@dataclass(frozen=True, slots=True)
-class FittedCost:
-    """A sum of the features of a step, each at its price, as recorded steps have it.
-
-    Attributes:
-        fixed: seconds of a step with nothing in it.
-        prices: seconds for one of each feature of `StepFeatures`, by name.
-        window: see `StepFeatures.of`.
-    """
-
-    fixed: float
-    prices: Mapping[str, float]
-    window: int | None = None
-
-    def seconds(self, plan: Plan) -> float:
-        """See `CostModel`."""
-        features = StepFeatures.of(plan, self.window)
-        return self.fixed + sum(
-            self.prices[name] * value for name, value in zip(features._fields, features, strict=True)
-        )
-
-    @classmethod
-    def fit(cls, steps: Sequence[tuple[StepFeatures, float]], window: int | None = None) -> FittedCost:
-        """The prices of least relative squared error, none below zero (Lawson and Hanson 1974).
-
-        Args:
-            steps: features and seconds of recorded steps.
-
-        Raises:
-            ValueError: there are fewer steps than prices.
-        """
-        names = StepFeatures._fields
-        if len(steps) <= len(names):
-            raise ValueError(f"{len(steps)} steps do not determine {len(names) + 1} prices; record more")
-        seconds = np.array([time for _, time in steps])
-        matrix = np.array([[1.0, *features] for features, _ in steps]) / seconds[:, None]
-        scale = np.abs(matrix).max(axis=0)
-        scale[scale == 0] = 1.0
-        prices = _non_negative_least_squares(matrix / scale, np.ones(len(steps))) / scale
-        return cls(float(prices[0]), dict(zip(names, map(float, prices[1:]), strict=True)), window)
-
-    def save(self, path: Path) -> None:
-        """Writes it as JSON."""
-        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
-
-    @classmethod
-    def load(cls, path: Path) -> FittedCost:
-        """Reads what `save` wrote.
-
-        Raises:
-            ValueError: the file holds something else.
-        """
-        try:
-            values = json.loads(path.read_text())
-            cost = cls(float(values["fixed"]), dict(values["prices"]), values.get("window"))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is no fitted cost model ({error!r})") from error
-        if set(cost.prices) != set(StepFeatures._fields):
-            raise ValueError(f"{path} prices {sorted(cost.prices)}, not {sorted(StepFeatures._fields)}")
-        return cost
-
-
-def _non_negative_least_squares(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """min |a x - b| over x >= 0, by trying which prices are zero; there are few enough to try all."""
-    num_columns = a.shape[1]
-    best, best_error = np.zeros(num_columns), float(b @ b)
-    for subset in range(1, 1 << num_columns):
-        columns = [i for i in range(num_columns) if subset >> i & 1]
-        x, *_ = np.linalg.lstsq(a[:, columns], b, rcond=None)
-        if (x < 0).any():
-            continue
-        error = float(np.sum((a[:, columns] @ x - b) ** 2))
-        if error < best_error:
-            best, best_error = np.zeros(num_columns), error
-            best[columns] = x
-    return best
