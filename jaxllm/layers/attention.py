@@ -42,14 +42,26 @@ def choose_backend(requested: str | None, platform: str) -> Backend:
     """The attention backend to run, logged with the reason.
 
     Raises:
-        ConfigError: an unknown backend was asked for.
+        ConfigError: an unknown backend was asked for, or one for another platform.
     """
     if requested is None:
-        logger.info("attention backend: xla (the portable one; nothing faster is built for %s)", platform)
+        logger.info("attention backend: xla (the portable one; others run where they are asked for)")
         return "xla"
     if requested not in BACKENDS:
         raise ConfigError(
             f"attention_backend={requested!r}; there are {', '.join(BACKENDS)}", param="attention_backend"
+        )
+    if requested in ("tpu", "gpu") and requested != platform:
+        raise ConfigError(
+            f"attention_backend={requested!r} runs on a {requested.upper()}, and this process on {platform}; "
+            "leave it out, or ask for xla.",
+            param="attention_backend",
+        )
+    if requested == "gpu" and jax.__version_info__ < (0, 11):
+        raise ConfigError(
+            f"attention_backend='gpu' needs JAX 0.11 or newer, and this is {jax.__version__}; upgrade it "
+            "(Python 3.12 or newer), or ask for xla.",
+            param="attention_backend",
         )
     logger.info("attention backend: %s (asked for)", requested)
     return cast(Backend, requested)

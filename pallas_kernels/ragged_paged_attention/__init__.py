@@ -5,25 +5,24 @@ query rows [query_starts[s], query_starts[s + 1]), which are the last positions 
 tokens. Keys and values live in pages; page_table[s] lists the pages of sequence s in order. The op
 writes the new keys and values into their pages, then attends.
 
-Backends: `reference` (dense and obviously right, the oracle) and `xla` (flash-style, portable: its
-cost follows the real lengths, not the padded shapes).
+Backends: `reference` (dense and obviously right, the oracle), `xla` (flash-style, portable: its cost
+follows the real lengths, not the padded shapes), `tpu` (Pallas Mosaic TPU) and `gpu` (Pallas Mosaic GPU,
+for Hopper, with JAX 0.11 or newer).
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.ragged_paged_attention import reference, xla
 from pallas_kernels.ragged_paged_attention.options import AttentionOptions
 from pallas_kernels.ragged_paged_attention.validation import validate
 
-Backend = Literal["reference", "xla"]
+Backend = Literal["reference", "xla", "tpu", "gpu"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
-
-_IMPLEMENTATIONS = {"reference": reference.attend, "xla": xla.attend}
 
 
 def ragged_paged_attention(
@@ -89,7 +88,7 @@ def ragged_paged_attention(
         [T, num_heads, head_dim]; its padding rows are finite, those of lse hold anything.
 
     Raises:
-        ValueError: shapes or options that do not fit together.
+        ValueError: shapes or options that do not fit together, or that the backend cannot do.
     """
     options = AttentionOptions(
         scale=scale,
@@ -107,7 +106,9 @@ def ragged_paged_attention(
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is not one of {', '.join(BACKENDS)}.")
     validate(q, k, v, kv_pages, page_table, seq_lens, query_starts, options)
-    results: tuple[Any, ...] = _IMPLEMENTATIONS[backend](
+    # Imported when asked for: what one platform's kernels are written with, another need not have.
+    implementation = importlib.import_module(f"{__name__}.{backend}")
+    results: tuple[Any, ...] = implementation.attend(
         q, k, v, kv_pages, layer, page_table, seq_lens, query_starts, options
     )
     return results if return_lse else results[:2]

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.ragged_paged_attention import BACKENDS, ragged_paged_attention
+from pallas_kernels.ragged_paged_attention import ragged_paged_attention
 
 
 def _valid() -> tuple[list[Any], dict[str, Any]]:
@@ -91,7 +91,7 @@ def test_pages_of_integers(dtype: Any, message: str) -> None:
 
 
 @pytest.mark.parametrize("return_lse", [False, True])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["reference", "xla"])
 def test_what_fits_is_taken(backend: str, return_lse: bool) -> None:
     arrays, options = _valid()
     options |= {"backend": backend, "return_lse": return_lse}
