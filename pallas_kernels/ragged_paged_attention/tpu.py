@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.ragged_paged_attention.cache import to_cache_dtype, token_positions
 from pallas_kernels.ragged_paged_attention.options import AttentionOptions
-from pallas_kernels.ragged_paged_attention.tpu_flash import LANES, scratch_shapes
+from pallas_kernels.ragged_paged_attention.tpu_flash import LANES, STRIP, scratch_shapes
 from pallas_kernels.ragged_paged_attention.tpu_kernel import kernel
 from pallas_kernels.ragged_paged_attention.tpu_work import Tiling
 
@@ -48,6 +48,10 @@ def attend(
     group = heads // kv_heads
     if tiling is None:
         tiling = Tiling.choose(q, kv_pages, page_table, options.decode_only)
+    if tiling.keys % page_size or (tiling.queries > 1 and tiling.queries % STRIP):
+        raise ValueError(
+            f"{tiling} must have keys in whole pages of {page_size}, and 1 query or a multiple of {STRIP}."
+        )
     num_rows, lanes = page_rows(kv_heads, head_dim)
     sequence, position, is_real = token_positions(seq_lens, query_starts, num_tokens)
     new = jnp.stack(
@@ -81,6 +85,7 @@ def attend(
             (num_rows, lanes),
             page_table.shape[1],
             0 if row_words is None else row_words.size // num_tokens,
+            options.return_lse,
             tiling,
         ),
         input_output_aliases={8 + len(given): 1},

@@ -57,6 +57,7 @@ def scratch_shapes(
     page_rows: tuple[int, int],
     pages_per_seq: int,
     words_per_row: int,
+    return_lse: bool,
     tiling: Tiling,
 ) -> Scratch:
     """The buffers for pages of page_rows = (rows, lanes) a token and words_per_row words a query."""
@@ -70,12 +71,12 @@ def scratch_shapes(
         separate=pltpu.VMEM((page_rows[0], tiling.keys, lanes), compute_dtype),
         q_tiles=pltpu.VMEM((RING, tiling.queries, heads, lanes), q_dtype),
         queries=pltpu.VMEM((kv_heads * rows, lanes), compute_dtype),
-        running_max=pltpu.VMEM((kv_heads * rows, 1), jnp.float32),
-        running_sum=pltpu.VMEM((kv_heads * rows, 1), jnp.float32),
+        running_max=pltpu.VMEM((kv_heads * rows, LANES), jnp.float32),
+        running_sum=pltpu.VMEM((kv_heads * rows, _sum_lanes(tiling)), jnp.float32),
         acc=pltpu.VMEM((kv_heads * rows, lanes), jnp.float32),
         row_words=pltpu.VMEM((max(1, words_per_row), tiling.queries, 1), jnp.int32),
         out_tile=pltpu.VMEM((tiling.queries, heads, lanes), q_dtype),
-        lse_tile=pltpu.VMEM((tiling.queries, heads, LANES), jnp.float32),
+        lse_tile=pltpu.VMEM((tiling.queries if return_lse else 1, heads, LANES), jnp.float32),
         table_arrived=pltpu.SemaphoreType.DMA((2,)),
         kv_arrived=pltpu.SemaphoreType.DMA((RING,)),
         q_arrived=pltpu.SemaphoreType.DMA((RING,)),
@@ -128,13 +129,15 @@ class FlashTile:
         else:
             _in_strips(tile.num_queries, take)
         scratch.acc[:rows] = jnp.zeros((rows, lanes), jnp.float32)
+        sums = (rows, scratch.running_sum.shape[1])
         if self.sinks is None:
-            scratch.running_max[:rows] = jnp.full((rows, 1), MASKED)
-            scratch.running_sum[:rows] = jnp.zeros((rows, 1), jnp.float32)
+            scratch.running_max[:rows] = jnp.full((rows, LANES), MASKED)
+            scratch.running_sum[:rows] = jnp.zeros(sums, jnp.float32)
         else:
             # A sink is a logit that has been seen already, and has no value behind it.
-            scratch.running_max[:rows] = self._per_row(self.sinks, 0, self.heads, height)
-            scratch.running_sum[:rows] = jnp.ones((rows, 1), jnp.float32)
+            sinks = self._per_row(self.sinks, 0, self.heads, height)
+            scratch.running_max[:rows] = jnp.broadcast_to(sinks, (rows, LANES))
+            scratch.running_sum[:rows] = (lax.broadcasted_iota(jnp.int32, sums, 1) == 0).astype(jnp.float32)
         if self.row_words is not None:
 
             def set_words(query: jax.Array, _: None) -> None:
@@ -191,10 +194,12 @@ class FlashTile:
 
         old_max = scratch.running_max[own]
         new_max = jnp.maximum(old_max, jnp.max(logits, axis=1, keepdims=True))
-        weights = jnp.exp(logits - new_max)
+        weights = jnp.exp(logits - _lanes(new_max, logits.shape[1]))
         decay = jnp.exp(old_max - new_max)
         scratch.running_max[own] = new_max
-        scratch.running_sum[own] = decay * scratch.running_sum[own] + jnp.sum(weights, axis=1, keepdims=True)
+        width = scratch.running_sum.shape[1]
+        parts = [weights[:, begin : begin + width] for begin in range(0, weights.shape[1], width)]
+        scratch.running_sum[own] = _lanes(decay, width) * scratch.running_sum[own] + sum(parts)
         weights = weights.astype(dtype)
         partial = jnp.concatenate(
             [
@@ -206,7 +211,7 @@ class FlashTile:
                 for index, head in enumerate(heads)
             ]
         )
-        scratch.acc[own] = decay * scratch.acc[own] + partial
+        scratch.acc[own] = _lanes(decay, partial.shape[1]) * scratch.acc[own] + partial
 
     def _clean_block(self, item: Item, tile: Tile, slot: jax.Array) -> None:
         """Zeroes what no query sees: it may be anything, and zero times NaN is NaN."""
@@ -277,11 +282,10 @@ class FlashTile:
         scratch = self.scratch
 
         def results(rows: Any) -> list[tuple[Any, jax.Array]]:
-            weight_sum = scratch.running_sum[rows]
+            weight_sum = jnp.sum(scratch.running_sum[rows], axis=1, keepdims=True)
             found = [(scratch.out_tile, scratch.acc[rows] * (self.scales[1] / weight_sum))]
             if self.options.return_lse:
-                lse = scratch.running_max[rows] + jnp.log(weight_sum)
-                found.append((scratch.lse_tile, jnp.broadcast_to(lse, (lse.shape[0], LANES))))
+                found.append((scratch.lse_tile, scratch.running_max[rows] + jnp.log(weight_sum)))
             return [(target, values.astype(target.dtype)) for target, values in found]
 
         def give(first: jax.Array | int, count: int) -> None:
@@ -297,8 +301,20 @@ class FlashTile:
             _in_strips(tile.num_queries, give)
 
 
+def _sum_lanes(tiling: Tiling) -> int:
+    """Partial sums of a row's weights: adding across lanes is dear, and is left to the end."""
+    return LANES if tiling.keys % LANES == 0 else tiling.keys
+
+
+def _lanes(x: jax.Array, width: int) -> jax.Array:
+    """[rows, LANES] of equal lanes to [rows, width]."""
+    if width % LANES == 0:
+        return jnp.concatenate([x] * (width // LANES), axis=1)
+    return x[:, :width] if width < LANES else jnp.broadcast_to(x[:, :1], (x.shape[0], width))
+
+
 def _in_strips(num_queries: jax.Array, do: Callable[[jax.Array | int, int], None]) -> None:
-    """do(first, count) for strips that cover the queries: whole, what is transposed would not fit in registers."""
+    """do(first, count) for strips that cover the queries; a whole tile would not fit in registers."""
 
     def strip(index: jax.Array, _: None) -> None:
         do(pl.multiple_of(index * STRIP, STRIP), STRIP)

@@ -9,20 +9,22 @@ How work is laid out
     walks a list of work items (sequence, tile of queries, block of keys), in that order, over what is
     really there: empty sequences, padding, and keys that causality or a window hides cost nothing.
     Two cursors walk the same list: one starts the copies of a block (and, with the first block of a
-    tile, of its queries), the other computes `RING - 1` items behind it, so that the copies of the
+    tile, of its queries), the other computes `RING - 1` items behind, so that the copies of the
     next blocks, tiles and sequences fly while this one is computed. Sequences of one query use a tile
     of one query, the others the tall tile of `Tiling`.
 
 What lives where (bytes for bfloat16, 8 key-value heads, 32 query heads, head_dim 128)
     HBM     q, out, the new keys and values, and the whole cache, which is never sliced or copied.
-    SMEM    seq_lens, query_starts and page_table, at most 512 KiB.
-    VMEM    ring of key-value blocks [RING, block, 2 * kv_heads, head_dim]      4 MiB at 512 keys
-            ring of query tiles [RING, tile, heads, head_dim]                   2 MiB at 128 queries
-            the tile's queries by head [kv_heads, group * tile, head_dim]       1 MiB
-            running maximum and sum [kv_heads, group * tile, 128] float32       2 MiB each
-            running output [kv_heads, group * tile, head_dim] float32           2 MiB
-            the tile's output [tile, heads, head_dim]                           1 MiB
-    vregs   the logits of one key-value head at a time.
+    SMEM    seq_lens, query_starts, the pages of the new tokens; page tables of two sequences, this one's
+            and the next one's, so that a context may be of any length.
+    VMEM    ring of key-value blocks [RING, keys, 2 * kv_heads, head_dim]       4 MiB at 512 keys
+            the block, each row apart [2 * kv_heads, keys, head_dim]            2 MiB
+            ring of query tiles [RING, queries, heads, head_dim]                2 MiB at 128 queries
+            the tile's queries by head [heads * queries, head_dim]              1 MiB
+            running maximum and sum [heads * queries, 128] float32              2 MiB each
+            running output [heads * queries, head_dim] float32                  2 MiB
+            the tile's output [queries, heads, head_dim]                        1 MiB
+    vregs   what is being transposed: 64 keys or 16 queries at a time; logits of one key-value head.
 
 Why it cannot race
     All cache writes have landed before the first page is read, so it does not matter who shares which

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -55,6 +55,17 @@ CASES = {
     "head_dim 64, keys and values side by side": Case(RAGGED, head_dim=64),
     "head_dim 32, two heads side by side": Case(RAGGED, heads=8, kv_heads=4, head_dim=32),
     "head_dim 128": Case(RAGGED, head_dim=128),
+    "head_dim 256": Case(RAGGED, heads=2, kv_heads=1, head_dim=256),
+    "blocks of 256 keys": Case(((300, 20), (0, 1), (511, 1)), page_size=64, keys=256),
+    "blocks of 256 keys, sinks": Case(
+        ((300, 1), (0, 1), (511, 1)),
+        page_size=64,
+        keys=256,
+        decode_only=True,
+        padding=0,
+        options={"sinks": True, "return_lse": True},
+    ),
+    "tall and short tiles": Case(((9, 35), (30, 1), (0, 33), (3, 1)), queries=32),
     "window": Case(RAGGED, options={"window": 11}),
     "window of one": Case(RAGGED, options={"window": 1}),
     "soft cap": Case(RAGGED, logit_size=4.0, options={"soft_cap": 3.0}),
@@ -219,7 +230,9 @@ def _interpreter() -> Iterator[None]:
     pltpu.reset_tpu_interpret_mode_state()
 
 
-def run(case: Case, batch: Batch) -> tuple[np.ndarray, ...]:
+def run(case: Case, batch: Batch, table_width: int = 0) -> tuple[np.ndarray, ...]:
+    table = batch.arrays["page_table"]
+    batch.arrays["page_table"] = np.pad(table, ((0, 0), (0, max(0, table_width - table.shape[1]))))
     tiling = tpu.Tiling(1 if case.decode_only else case.queries, case.keys)
     call = jax.jit(functools.partial(tpu.attend, tiling=tiling))
     return tuple(np.asarray(x) for x in call(*map(jnp.asarray, batch.arrays.values()), batch.options))
@@ -240,6 +253,26 @@ def check(case: Case, seed: int) -> None:
         assert distance(out[: batch.num_new], exact) <= TOLERANCE[case.dtype]
         if batch.options.return_lse:
             assert distance(lse[: batch.num_new], exact_lse) <= TOLERANCE[case.dtype]
+
+
+@pytest.mark.parametrize("case", [CASES["ragged"], CASES["decodes, everything"]])
+def test_fresh_numbers(case: Case) -> None:
+    for seed in (1, 2):
+        check(case, seed)
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        (Case(RAGGED, queries=5), r"queries=5.*1 query or a multiple of 16"),
+        (Case(RAGGED, keys=12), r"keys=12.*whole pages of 8"),
+        (Case(RAGGED, cache_dtype="float16"), r"no float16"),
+        (Case(((1, 1),), pages_per_seq=2**16 + 1), r"65537 pages a sequence.*65536; use larger pages"),
+    ],
+)
+def test_what_it_cannot_do_is_refused(case: Case, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(case, make_batch(replace(case, pages_per_seq=8), 0), case.pages_per_seq)
 
 
 @pytest.mark.parametrize("name", CASES)
