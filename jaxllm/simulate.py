@@ -2,9 +2,9 @@
 
     python -m jaxllm.simulate --policy fcfs,sarathi,vtc --workload chat --rate 2:20 --device h200 --model DIR
 
-Prints a table of what each policy comes to at each rate. The scheduler and the policies are those that
-serve; how long a step takes comes from a roofline of the device, or from a cost model fitted to recorded
-steps.
+Prints a table of what each policy comes to at each rate; `--html` and `--plots` draw it. The scheduler
+and the policies are those that serve; how long a step takes comes from a roofline of the device, or from
+a cost model fitted to recorded steps.
 """
 
 from __future__ import annotations
@@ -13,11 +13,9 @@ import argparse
 import dataclasses
 import json
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -36,25 +34,15 @@ from jaxllm.scheduling.simulator import (
     FittedCost,
     ModelFigures,
     RooflineCost,
-    Summary,
     TracedRequest,
     make_workload,
     read_trace,
     simulate,
     summarize,
 )
+from jaxllm.scheduling.simulator.report import Outcome, draw, write_html, write_pictures
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Outcome:
-    """One simulation: a policy at a rate, None where the arrivals are those of a trace."""
-
-    policy: str
-    rate: float | None
-    summary: Summary
-    wall_seconds: float
 
 
 def figures_of(config: ModelConfig, dtype: str) -> ModelFigures:
@@ -119,10 +107,9 @@ def run(options: argparse.Namespace) -> list[Outcome]:
     outcomes = []
     for policy, rate in tqdm(pairs, desc="Simulating", unit="run", disable=not sys.stderr.isatty()):
         arguments = options.scheduling_config.get(policy, {})
-        began = time.perf_counter()
         simulation = simulate(_trace(options, rate), config, cost, load_policy(policy, arguments))
         summary = summarize(simulation, ttft=options.ttft, tpot=options.tpot)
-        outcomes.append(Outcome(policy, rate, summary, time.perf_counter() - began))
+        outcomes.append(Outcome(policy, rate, summary, simulation))
     return outcomes
 
 
@@ -158,40 +145,70 @@ def _scheduler_config(
     )
 
 
+COLUMNS = ("policy", "req/s in", "req/s out", "goodput", "tok/s", "TTFT mean", "p99", "TPOT mean", "p99",
+           "cache hits", "preempted", "busy", "fairness")  # fmt: skip
+
+
+def table_row(outcome: Outcome) -> list[str]:
+    """An outcome as the cells of `COLUMNS`."""
+    s = outcome.summary
+    return [
+        outcome.policy,
+        "trace" if outcome.rate is None else f"{outcome.rate:g}",
+        f"{s.requests_per_second:.2f}",
+        f"{s.goodput:.2f}",
+        f"{s.output_tokens_per_second:,.0f}",
+        f"{s.ttft.mean:.2f} s",
+        f"{s.ttft.p99:.2f} s",
+        f"{s.tpot.mean * 1e3:.1f} ms",
+        f"{s.tpot.p99 * 1e3:.1f} ms",
+        f"{s.cache_hit_rate:.0%}",
+        str(s.num_preemptions),
+        f"{s.device_busy:.0%}",
+        f"{s.fairness:.2f}",
+    ]
+
+
 def print_outcomes(outcomes: Sequence[Outcome], title: str) -> None:
     """The table."""
     table = Table(title=title, title_justify="left")
-    names = ["policy", "req/s in", "req/s out", "goodput", "tok/s", "TTFT mean", "p99", "TPOT mean", "p99",
-             "cache hits", "preempted", "busy", "fairness"]  # fmt: skip
-    for name in names:
+    for name in COLUMNS:
         table.add_column(name, justify="left" if name == "policy" else "right")
     previous = outcomes[0].rate
     for outcome in outcomes:
         if outcome.rate != previous:
             table.add_section()
             previous = outcome.rate
-        s = outcome.summary
-        table.add_row(
-            outcome.policy,
-            "trace" if outcome.rate is None else f"{outcome.rate:g}",
-            f"{s.requests_per_second:.2f}",
-            f"{s.goodput:.2f}",
-            f"{s.output_tokens_per_second:,.0f}",
-            f"{s.ttft.mean:.2f} s",
-            f"{s.ttft.p99:.2f} s",
-            f"{s.tpot.mean * 1e3:.1f} ms",
-            f"{s.tpot.p99 * 1e3:.1f} ms",
-            f"{s.cache_hit_rate:.0%}",
-            str(s.num_preemptions),
-            f"{s.device_busy:.0%}",
-            f"{s.fairness:.2f}",
-        )
+        table.add_row(*table_row(outcome))
     console = Console()
     # Where the output goes to a file there is no width to keep to.
     (console if console.is_terminal else Console(width=160)).print(table)
     refused = max(outcome.summary.num_refused for outcome in outcomes)
     if refused:
         print(f"{refused} requests were refused: longer than the model or the KV cache allows.")
+
+
+def write_files(options: argparse.Namespace, outcomes: Sequence[Outcome], title: str) -> None:
+    """What the command line wants beside the table.
+
+    Raises:
+        ConfigError: pictures are wanted, and matplotlib is missing.
+    """
+    if options.json is not None:
+        rows = [
+            {"policy": o.policy, "rate": o.rate, "summary": dataclasses.asdict(o.summary)} for o in outcomes
+        ]
+        options.json.write_text(json.dumps(rows, indent=2) + "\n")
+    if options.html is None and options.plots is None:
+        return
+    try:
+        pictures = draw(outcomes)
+    except ImportError as error:
+        raise ConfigError(f"pictures need matplotlib ({error}): pip install 'jaxllm[plots]'") from error
+    if options.plots is not None:
+        write_pictures(options.plots, pictures)
+    if options.html is not None:
+        write_html(options.html, title, COLUMNS, [table_row(outcome) for outcome in outcomes], pictures)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -228,6 +245,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--ttft", type=float, default=1.0, metavar="S", help="objective for goodput, in seconds")
     add("--tpot", type=float, default=0.05, metavar="S", help="objective for goodput, in seconds")
     add("--json", type=Path, metavar="FILE", help="write everything in the table, and more, to this file")
+    add("--html", type=Path, metavar="FILE", help="write the table and pictures as one HTML file")
+    add("--plots", type=Path, metavar="DIR", help="write the pictures as PNG files")
     return parser
 
 
@@ -241,17 +260,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"argument --scheduling-config: its keys must be among the policies, {options.policy}")
     if not options.policy or min(options.num_requests, options.num_devices) < 1:
         parser.error("give at least one policy, one request and one device")
+    traffic = options.trace or f"{options.workload}, {options.num_requests} requests"
+    where = options.cost or f"{options.num_devices} x {options.device}"
+    title = f"{options.model} on {where}: {traffic}"
     try:
         outcomes = run(options)
+        print_outcomes(outcomes, title)
+        write_files(options, outcomes, title)
     except (JaxLLMError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    traffic = options.trace or f"{options.workload}, {options.num_requests} requests"
-    where = options.cost or f"{options.num_devices} x {options.device}"
-    print_outcomes(outcomes, f"{options.model} on {where}: {traffic}")
-    if options.json is not None:
-        rows: list[dict[str, Any]] = [dataclasses.asdict(outcome) for outcome in outcomes]
-        options.json.write_text(json.dumps(rows, indent=2) + "\n")
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -348,6 +349,25 @@ class TestCommandLine:
             ("fcfs", 20.0), ("mlfq", 20.0), ("fcfs", 40.0), ("mlfq", 40.0),
         ]  # fmt: skip
         assert all(row["summary"]["num_requests"] == 40 for row in rows)
+
+    def test_pictures_and_a_page_that_needs_nothing_beside_it(self, tmp_path: Path) -> None:
+        page, plots = tmp_path / "out.html", tmp_path / "plots"
+        given = ("--policy", "fcfs,mlfq", "--workload", "tenants", "--max-num-seqs", "4")
+        assert self.run(*given, "--html", str(page), "--plots", str(plots)) == 0
+        names = ["distributions-20", "distributions-40", "rates", "timeline-fcfs", "timeline-mlfq"]
+        assert sorted(path.stem for path in plots.iterdir()) == names
+        assert all(path.read_bytes().startswith(b"\x89PNG") for path in plots.iterdir())
+        text = page.read_text()
+        assert text.count("<img ") == text.count("data:image/png;base64,") == len(names)
+        assert text.count("<td>mlfq</td>") == 2
+        assert "http" not in text
+
+    def test_without_matplotlib_it_says_what_to_install(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+        assert self.run("--html", str(tmp_path / "out.html")) == 1
+        assert "pip install 'jaxllm[plots]'" in capsys.readouterr().err
 
     def test_a_trace_and_a_fitted_cost(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         write_trace(tmp_path / "trace.jsonl", make_workload("tenants", rate=3.0, num_requests=20))

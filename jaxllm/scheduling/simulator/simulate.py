@@ -57,6 +57,7 @@ class StepRecord(NamedTuple):
         num_prompt_tokens, num_output_tokens: tokens computed, by what they are.
         num_running, num_waiting: requests, when it was planned.
         kv_cache_usage: fraction of the pages in use, when it was planned.
+        num_preemptions: so far.
     """
 
     start: float
@@ -66,6 +67,7 @@ class StepRecord(NamedTuple):
     num_running: int
     num_waiting: int
     kv_cache_usage: float
+    num_preemptions: int
 
 
 @dataclass(slots=True)
@@ -198,4 +200,5 @@ def _record_step(plan: Plan, start: float, seconds: float, scheduler: Scheduler)
         scheduler.num_running,
         scheduler.num_waiting,
         scheduler.kv_cache_usage,
+        scheduler.num_preemptions,
     )
