@@ -3,10 +3,14 @@
 XLA scatters the new keys and values into their pages, in place, cuts the queries into tiles and the keys
 into pieces (`gpu_schedule.py`), and gathers the rows of each tile. The kernel (`gpu_kernel.py`) computes
 the attention of every piece. XLA merges the pieces where there are several, and gathers the rows back.
+
+It runs twice where prefills and decodes may be mixed: once for the sequences of few queries, which are
+bound by memory and whose keys are cut into pieces, and once for those of many, which are bound by wgmma.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -18,14 +22,24 @@ from pallas_kernels.ragged_paged_attention.gpu_schedule import (
     Tiles,
     Tiling,
     Work,
-    count_tiles,
     cut_keys,
-    cut_rows,
+    cut_long,
+    cut_short,
+    is_short,
+    short_tiles,
 )
 from pallas_kernels.ragged_paged_attention.options import AttentionOptions
 
 # Streaming multiprocessors of an H100 or H200; on others only the balance of the work differs.
 NUM_SMS = 132
+
+
+@dataclass(frozen=True)
+class Tilings:
+    """How sequences of few queries are cut, and those of many."""
+
+    short: Tiling
+    long: Tiling
 
 
 def attend(
@@ -39,42 +53,97 @@ def attend(
     query_starts: jax.Array,
     options: AttentionOptions,
     *,
-    tiling: Tiling | None = None,
+    tilings: Tilings | None = None,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See `ragged_paged_attention`.
 
     Args:
-        tiling: how the work is cut; by default what `choose_tiling` says.
+        tilings: how the work is cut; by default what `choose_tilings` says.
         interpret: `plgpu.InterpretGPUParams` to simulate the kernel on a CPU.
 
     Raises:
         ValueError: what these kernels cannot do.
     """
     _refuse_unsupported(q, kv_pages, options)
-    tokens, heads, head_dim = q.shape
-    kv_heads, page_size = k.shape[1], kv_pages.shape[2]
-    group, sequences = heads // kv_heads, page_table.shape[0]
-    if tiling is None:
-        tiling = choose_tiling(sequences, group, kv_heads, head_dim, kv_pages.dtype, options)
+    tokens, heads, _ = q.shape
+    group = heads // k.shape[1]
+    if tilings is None:
+        tilings = choose_tilings(q, kv_pages, page_table, options)
     kv_pages = write_new_tokens(k, v, kv_pages, layer, page_table, seq_lens, query_starts, options)
+    sequence, _, is_real = token_positions(seq_lens, query_starts, tokens)
 
-    num_tiles = count_tiles(tokens, sequences, group, tiling.rows, options.decode_only)
-    tiles = cut_rows(tokens, seq_lens, query_starts, group, tiling.rows, num_tiles, options)
-    work = cut_keys(tiles, tiling, page_size)
-    # Most rows of a decode's tile are there for wgmma only.
-    given = min(tiling.rows, -(-group // 8) * 8) if options.decode_only else tiling.rows
+    def attend_some(tiles: Tiles, tiling: Tiling) -> tuple[jax.Array, jax.Array]:
+        # Most rows of a decode's tile are there for wgmma only.
+        given = min(64, -(-group // 8) * 8) if options.decode_only else tiling.rows
+        out, lse = _attend(q, kv_pages, layer, page_table, tiles, tiling, given, options, interpret=interpret)
+        return _rows_of_tokens(out, lse, tiles, sequence, query_starts, group)
+
+    tiles = cut_short(tokens, seq_lens, query_starts, group, options)
+    out, lse = attend_some(tiles, tilings.short)
+    if not options.decode_only:
+        tiles = cut_long(tilings.long.rows, tokens, seq_lens, query_starts, group, options)
+        out_of_long, lse_of_long = attend_some(tiles, tilings.long)
+        short = is_short(query_starts, group)[sequence, None, None]
+        out, lse = jnp.where(short[..., None], out, out_of_long), jnp.where(short, lse, lse_of_long)
+    out = jnp.where(is_real[:, None, None, None], out, 0)
+    return out.astype(q.dtype).reshape(q.shape), kv_pages, lse.reshape(tokens, heads)
+
+
+def choose_tilings(
+    q: jax.Array, kv_pages: jax.Array, page_table: jax.Array, options: AttentionOptions
+) -> Tilings:
+    """Tilings by shape: many copies in flight for sequences of few queries, wide tiles for the others."""
+    head_dim, page_size, kv_heads = q.shape[2], kv_pages.shape[2], kv_pages.shape[3] // 2
+    group = q.shape[1] // kv_heads
+    num_seqs, capacity = page_table.shape[0], page_table.shape[1] * page_size
+    wide, narrow_pages = head_dim > 128, kv_pages.dtype.itemsize == 1
+    # As many keys as registers allow, and as many stages as shared memory.
+    long = Tiling(
+        warpgroups=2,
+        keys=64 if wide or options.alibi_slopes is not None else 128,
+        stages=1 if wide and narrow_pages else 2,
+    )
+    pairs, stages = 1 if wide else 2, 1 if narrow_pages else 2
+    if not options.decode_only and capacity <= 4096:
+        return Tilings(Tiling(pairs=pairs, stages=stages), long)
+    # Four rounds of work for each warpgroup that computes even out what is uneven. Merging reads as many
+    # pieces of a tile as there may be, so many tiles are cut into few.
+    splits = -(-4 * NUM_SMS * pairs // kv_heads)
+    most = 512 if options.decode_only else 256
+    pieces = min(splits, 64, -(-most // (num_seqs * short_tiles(group))))
+    return Tilings(Tiling(pairs=pairs, stages=stages, splits=splits, pieces=pieces), long)
+
+
+def _attend(
+    q: jax.Array,
+    kv_pages: jax.Array,
+    layer: jax.Array | int,
+    page_table: jax.Array,
+    tiles: Tiles,
+    tiling: Tiling,
+    given: int,
+    options: AttentionOptions,
+    *,
+    interpret: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention of tiles: (out [tiles, kv_heads, given, D], lse float32[tiles, kv_heads, R])."""
+    tokens, heads, head_dim = q.shape
+    kv_heads = kv_pages.shape[3] // 2
+    group = heads // kv_heads
+    work = cut_keys(tiles, tiling, kv_pages.shape[2])
     token, group_head = tiles.token[:, :given], tiles.group_head[:, :given]
     q_tiles = q.reshape(tokens, kv_heads, group, head_dim)[token, :, group_head].swapaxes(1, 2)
 
-    def of_rows(of_heads: jax.Array) -> jax.Array:
+    def of_rows(of_heads: jax.Array | None) -> jax.Array | None:
+        if of_heads is None:
+            return None
         return of_heads.astype(jnp.float32).reshape(kv_heads, group)[:, tiles.group_head]
 
     factors = None
     if options.k_scale is not None or options.v_scale is not None:
         scales = [1.0 if s is None else s for s in (options.k_scale, options.v_scale)]
         factors = jnp.stack([jnp.asarray(s, jnp.float32) for s in scales])
-    has_alibi = options.alibi_slopes is not None
     out, lse = attend_tiles(
         q_tiles,
         kv_pages,
@@ -83,9 +152,9 @@ def attend(
         work.items,
         tiles.begin,
         tiles.end,
-        position=tiles.position if has_alibi else None,
-        slopes=None if options.alibi_slopes is None else of_rows(options.alibi_slopes),
-        sinks=None if options.sinks is None else of_rows(options.sinks),
+        position=None if options.alibi_slopes is None else tiles.position,
+        slopes=of_rows(options.alibi_slopes),
+        sinks=of_rows(options.sinks),
         factors=factors,
         scale=options.scale,
         soft_cap=options.soft_cap,
@@ -93,33 +162,7 @@ def attend(
         out_dtype=jnp.float32 if tiling.is_split else q.dtype,
         interpret=interpret,
     )
-    if tiling.is_split:
-        out, lse = _merge(out, lse, work, tiling.pieces)
-    out, lse = _rows_of_tokens(out, lse, tiles, seq_lens, query_starts, tokens, group)
-    return out.astype(q.dtype).reshape(q.shape), kv_pages, lse.reshape(tokens, heads)
-
-
-def choose_tiling(
-    sequences: int, group: int, kv_heads: int, head_dim: int, dtype: Any, options: AttentionOptions
-) -> Tiling:
-    """The tiling by shape: decodes are bound by memory and need many copies in flight, prefills by wgmma.
-
-    Args:
-        sequences: S.
-        group: query heads of a key-value head.
-        dtype: of the pages; those of 8 bits take room in shared memory from the stages.
-    """
-    wide = head_dim > 128
-    narrow_pages = jnp.dtype(dtype).itemsize == 1
-    if not options.decode_only:
-        # As many keys as registers allow.
-        keys = 64 if wide or options.alibi_slopes is not None else 128
-        return Tiling(warpgroups=2, keys=keys, stages=1 if wide and narrow_pages else 2)
-    pairs = 1 if wide else 2
-    # Four rounds of work for each warpgroup that computes even out what is uneven.
-    splits = -(-4 * NUM_SMS * pairs // kv_heads)
-    pieces = min(splits, 64, -(-512 // (sequences * -(-group // 64))))
-    return Tiling(pairs=pairs, stages=1 if narrow_pages else 2, splits=splits, pieces=pieces)
+    return _merge(out, lse, work, tiling.pieces) if tiling.is_split else (out, lse)
 
 
 def _refuse_unsupported(q: jax.Array, kv_pages: jax.Array, options: AttentionOptions) -> None:
@@ -168,17 +211,17 @@ def _rows_of_tokens(
     out: jax.Array,
     lse: jax.Array,
     tiles: Tiles,
-    seq_lens: jax.Array,
+    sequence: jax.Array,
     query_starts: jax.Array,
-    tokens: int,
     group: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """out [tiles, kv_heads, r, D] and lse [tiles, kv_heads, R] to [T, kv_heads, group, ...]; padding is 0."""
+    """out [tiles, kv_heads, r, D] and lse [tiles, kv_heads, R] to [T, kv_heads, group, ...].
+
+    Tokens that are in none of the tiles get anything.
+    """
     rows = lse.shape[2]
-    sequence, _, is_real = token_positions(seq_lens, query_starts, tokens)
-    row = jnp.arange(tokens, dtype=jnp.int32) - query_starts[sequence]
+    row = jnp.arange(sequence.shape[0], dtype=jnp.int32) - query_starts[sequence]
     row = row[:, None] * group + jnp.arange(group, dtype=jnp.int32)
-    tile = jnp.where(is_real[:, None], tiles.first[sequence][:, None] + row // rows, 0)
-    row = jnp.where(is_real[:, None], row % rows, 0)
-    out = jnp.where(is_real[:, None, None, None], out[tile, :, row], 0)
-    return out.swapaxes(1, 2), lse[tile, :, row].swapaxes(1, 2)
+    tile = jnp.clip(tiles.first[sequence][:, None] + row // rows, 0, out.shape[0] - 1)
+    row = jnp.minimum(row % rows, out.shape[2] - 1)
+    return out[tile, :, row].swapaxes(1, 2), lse[tile, :, row].swapaxes(1, 2)

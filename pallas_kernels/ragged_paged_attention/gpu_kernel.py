@@ -53,10 +53,10 @@ def _registers(tiling: schedule.Tiling, pages: Pages) -> tuple[int, int] | None:
     if tiling.threads == 2:
         return None
     if tiling.threads == 4:
-        return 56, 200
-    if pages.widened:
-        return 72, 216
-    return (40, 232) if pages.head_dim > 128 else (56, 224)
+        return (72, 184) if pages.widened else (56, 200)
+    if pages.head_dim > 128:
+        return (56, 224) if pages.widened else (40, 232)
+    return (72, 216) if pages.widened else (56, 224)
 
 
 def attend_tiles(

@@ -95,39 +95,70 @@ class Work(NamedTuple):
     pieces: jax.Array
 
 
-def count_tiles(tokens: int, sequences: int, group: int, rows: int, decode_only: bool) -> int:
-    """The most tiles that a batch can have."""
-    if decode_only:
-        return sequences * -(-group // rows)
-    return (tokens * group + sequences * (rows - 1)) // rows
+def short_tiles(group: int) -> int:
+    """Tiles of 64 rows that a short sequence has: as many as one token needs."""
+    return -(-group // 64)
 
 
-def cut_rows(
-    num_tokens: int,
-    seq_lens: jax.Array,
-    query_starts: jax.Array,
-    group: int,
-    rows: int,
-    num_tiles: int,
-    options: AttentionOptions,
+def is_short(query_starts: jax.Array, group: int) -> jax.Array:
+    """bool[S]: whether all rows of a sequence fit into the tiles that its last token alone would need."""
+    return (query_starts[1:] - query_starts[:-1]) * group <= 64 * short_tiles(group)
+
+
+def cut_short(
+    num_tokens: int, seq_lens: jax.Array, query_starts: jax.Array, group: int, options: AttentionOptions
 ) -> Tiles:
-    """Cuts the rows of every sequence into tiles.
+    """The tiles of short sequences, 64 rows each: decodes, and drafts that are verified; no others.
 
     Args:
         num_tokens: T, of which the last may be padding.
         seq_lens: int32[S].
         query_starts: int32[S + 1].
         group: query heads of a key-value head.
-        rows: R, rows of a tile.
-        num_tiles: tiles to return; those past the last one needed are unused.
     """
+    each = short_tiles(group)
     queries = query_starts[1:] - query_starts[:-1]
-    last = jnp.cumsum(-(-queries * group // rows), dtype=jnp.int32)
-    first = last + queries * group // -rows
-    tile = jnp.arange(num_tiles, dtype=jnp.int32)
-    sequence = jnp.searchsorted(last, tile, side="right", method="compare_all").astype(jnp.int32)
-    sequence = jnp.minimum(sequence, seq_lens.shape[0] - 1)
+    first = jnp.arange(seq_lens.shape[0], dtype=jnp.int32) * each
+    tile = jnp.arange(seq_lens.shape[0] * each, dtype=jnp.int32)
+    sequence = tile // each
+    used = is_short(query_starts, group)[sequence] & (tile % each * 64 < queries[sequence] * group)
+    return _tiles(64, num_tokens, seq_lens, query_starts, group, sequence, used, first, options)
 
+
+def cut_long(
+    rows: int,
+    num_tokens: int,
+    seq_lens: jax.Array,
+    query_starts: jax.Array,
+    group: int,
+    options: AttentionOptions,
+) -> Tiles:
+    """The tiles of all sequences that are not short, `rows` rows each; the rest as for `cut_short`."""
+    num_seqs = seq_lens.shape[0]
+    queries = jnp.where(is_short(query_starts, group), 0, query_starts[1:] - query_starts[:-1])
+    each = -(-queries * group // rows)
+    last = jnp.cumsum(each, dtype=jnp.int32)
+    # As many tiles as a batch can have.
+    tile = jnp.arange((num_tokens * group + num_seqs * (rows - 1)) // rows, dtype=jnp.int32)
+    sequence = jnp.searchsorted(last, tile, side="right", method="compare_all").astype(jnp.int32)
+    sequence = jnp.minimum(sequence, num_seqs - 1)
+    used = tile < last[-1]
+    return _tiles(rows, num_tokens, seq_lens, query_starts, group, sequence, used, last - each, options)
+
+
+def _tiles(
+    rows: int,
+    num_tokens: int,
+    seq_lens: jax.Array,
+    query_starts: jax.Array,
+    group: int,
+    sequence: jax.Array,
+    used: jax.Array,
+    first: jax.Array,
+    options: AttentionOptions,
+) -> Tiles:
+    queries = query_starts[1:] - query_starts[:-1]
+    tile = jnp.arange(sequence.shape[0], dtype=jnp.int32)
     row = (tile - first[sequence])[:, None] * rows + jnp.arange(rows, dtype=jnp.int32)
     row = jnp.clip(row, 0, jnp.maximum(queries[sequence] * group - 1, 0)[:, None])
     token = jnp.minimum(query_starts[sequence][:, None] + row // group, num_tokens - 1)
@@ -138,7 +169,7 @@ def cut_rows(
     begin = jnp.zeros_like(position)
     if options.window is not None:
         begin = jnp.maximum(position + 1 - options.window, 0)
-    return Tiles(token, row % group, position, begin, end, sequence, tile < last[-1], first)
+    return Tiles(token, row % group, position, begin, end, sequence, used, first)
 
 
 def cut_keys(tiles: Tiles, tiling: Tiling, page_size: int) -> Work:

@@ -62,7 +62,7 @@ CASES: dict[str, tuple[Shape, Tiling]] = {
 }
 
 
-def run(batch: Batch, shape: Shape, tiling: Tiling | None) -> tuple[np.ndarray, ...]:
+def run(batch: Batch, shape: Shape, tiling: Tiling) -> tuple[np.ndarray, ...]:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     options = AttentionOptions(
@@ -73,8 +73,10 @@ def run(batch: Batch, shape: Shape, tiling: Tiling | None) -> tuple[np.ndarray, 
         return_lse=shape.lse,
         **{name: jnp.asarray(array) for name, array in batch.array_options.items()},
     )
+    # A tiling is for the sequences of few queries or for the others, by its width.
+    tilings = gpu.Tilings(tiling, WIDE) if tiling.warpgroups == 1 else gpu.Tilings(SPLIT, tiling)
     interpret = plgpu.InterpretGPUParams(detect_races=True)
-    attend = jax.jit(functools.partial(gpu.attend, tiling=tiling, interpret=interpret))
+    attend = jax.jit(functools.partial(gpu.attend, tilings=tilings, interpret=interpret))
     return tuple(np.asarray(x) for x in attend(*batch.operands, options))
 
 
@@ -118,34 +120,49 @@ def test_extreme_logits_stay_finite(size: float) -> None:
         assert error <= TOLERANCE[shape.dtype] * np.linalg.norm(exact[:real])
 
 
-def _shift(column: str, by: int) -> Callable[..., Any]:
-    cut_rows = gpu_schedule.cut_rows
-
+def _shift(cut: Callable[..., Any], column: str, by: int) -> Callable[..., Any]:
     def shifted(*args: Any) -> Any:
-        tiles = cut_rows(*args)
+        tiles = cut(*args)
         return tiles._replace(**{column: getattr(tiles, column) + by})
 
     return shifted
 
 
+SOME_SHORT = [(25, 3), (33, 9), (47, 12)]
+ONE_LONG = [(0, 0), (0, 0), (40, 39)]
+
+
 @interpreted
 @pytest.mark.parametrize(
     ("column", "by"),
-    [("begin", 1), ("begin", -1), ("end", 1), ("end", -1), ("position", 1), ("sequence", -1)],
+    [("begin", 1), ("begin", -1), ("end", 1), ("end", -1), ("position", 1)],
 )
-def test_the_check_catches(column: str, by: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    shape = Mixed(2, 1, 64, 8, 10, 3, 40, longest=30, window=20, alibi=True)
-    batches = (random_batch(shape, seed, 1.0) for seed in itertools.count())
-    batch = next(b for b in batches if (np.diff(b.query_starts) > 4).sum() == 2 and b.seq_lens.max() > 40)
+@pytest.mark.parametrize("cut", ["cut_short", "cut_long"])
+def test_the_check_catches(cut: str, column: str, by: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = Mixed(2, 1, 64, 8, 10, 3, 40, window=9, alibi=column == "position")
+    batch = random_batch(shape, 0, 1.0, SOME_SHORT if cut == "cut_short" else ONE_LONG)
     check(batch, shape, *run(batch, shape, WIDE))
-    monkeypatch.setattr(gpu, "cut_rows", _shift(column, by))
+    monkeypatch.setattr(gpu, cut, _shift(getattr(gpu, cut), column, by))
     with pytest.raises(AssertionError):
         check(batch, shape, *run(batch, shape, WIDE))
 
 
+@interpreted
+@pytest.mark.parametrize("lengths", [SOME_SHORT, ONE_LONG], ids=["short", "long"])
+def test_the_check_catches_pages_in_the_wrong_order(lengths: list[tuple[int, int]]) -> None:
+    shape = Mixed(2, 1, 64, 8, 10, 3, 40, window=20, alibi=True)
+    batch = random_batch(shape, 0, 1.0, lengths)
+    wrong = batch.page_table.copy()
+    wrong[2, [3, 4]] = wrong[2, [4, 3]]
+    with pytest.raises(AssertionError, match="relative error"):
+        check(batch, shape, *run(replace(batch, page_table=wrong), shape, WIDE))
+
+
 @settings(max_examples=25)
 @given(
-    lengths=st.lists(st.tuples(st.integers(0, 900), st.integers(0, 200)), min_size=1, max_size=6),
+    lengths=st.lists(
+        st.tuples(st.integers(0, 900), st.integers(0, 9) | st.integers(0, 200)), min_size=1, max_size=6
+    ),
     group=st.sampled_from([1, 3, 8, 71]),
     window=st.none() | st.integers(1, 300),
     page_size=st.sampled_from([8, 64, 256]),
@@ -164,18 +181,38 @@ def test_every_row_meets_each_of_its_keys_once(
     new = np.array([n for _, n in lengths])
     seq_lens = jnp.asarray([sum(length) for length in lengths], jnp.int32)
     query_starts = jnp.asarray(np.concatenate([[0], np.cumsum(new)]), jnp.int32)
-    tokens = int(new.sum()) + 3
-    count = gpu_schedule.count_tiles(tokens, len(lengths), group, tiling.rows, decode_only=False)
-    options = AttentionOptions(scale=1.0, window=window)
-    tiles = gpu_schedule.cut_rows(tokens, seq_lens, query_starts, group, tiling.rows, count, options)
-    work = gpu_schedule.cut_keys(tiles, tiling, page_size)
-    tiles, work = jax.tree.map(np.asarray, (tiles, work))
+    batch = int(new.sum()) + 3, seq_lens, query_starts, group, AttentionOptions(scale=1.0, window=window)
+    short = np.asarray(gpu_schedule.is_short(query_starts, group))
+    assert short[new <= 1].all()
+    for tiles, rows, mine in (
+        (gpu_schedule.cut_short(*batch), 64, short),
+        (gpu_schedule.cut_long(tiling.rows, *batch), tiling.rows, ~short),
+    ):
+        work = gpu_schedule.cut_keys(tiles, tiling, page_size)
+        check_schedule(
+            *jax.tree.map(np.asarray, (tiles, work)), np.where(mine, new, 0), rows, tiling, page_size
+        )
+        token = {t for s in np.flatnonzero(mine) for t in range(query_starts[s], query_starts[s + 1])}
+        used = tiles.used
+        rows_seen = zip(
+            np.asarray(tiles.token[used]).flat, np.asarray(tiles.group_head[used]).flat, strict=True
+        )
+        assert set(rows_seen) == set(itertools.product(token, range(group)))
+        for s in np.flatnonzero(mine & (new > 0)):
+            assert tiles.sequence[tiles.first[s]] == s and used[tiles.first[s]]
 
-    assert tiles.used.sum() == sum(-(-n * group // tiling.rows) for n in new)
-    rows = {
-        (t, g) for t, g in zip(tiles.token[tiles.used].flat, tiles.group_head[tiles.used].flat, strict=True)
-    }
-    assert rows == set(itertools.product(range(new.sum()), range(group)))
+
+def check_schedule(
+    tiles: gpu_schedule.Tiles,
+    work: gpu_schedule.Work,
+    new: np.ndarray,
+    rows: int,
+    tiling: Tiling,
+    page_size: int,
+) -> None:
+    """Each used tile has its keys in pieces that follow on each other, and nothing else has work."""
+    group = int(tiles.group_head.max()) + 1
+    assert tiles.used.sum() == sum(-(-n * group // rows) for n in new)
     for tile in np.flatnonzero(tiles.used):
         first = work.first[tile]
         items = work.items[first : first + work.pieces[tile]]
