@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.ragged_paged_attention import tpu
+from pallas_kernels.ragged_paged_attention import tpu, tpu_flash
 from pallas_kernels.ragged_paged_attention.options import AttentionOptions
 
 TOLERANCE = {"float32": 5e-6, "bfloat16": 4e-3}
@@ -273,6 +273,36 @@ def test_fresh_numbers(case: Case) -> None:
 def test_what_it_cannot_do_is_refused(case: Case, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         run(case, make_batch(replace(case, pages_per_seq=8), 0), case.pages_per_seq)
+
+
+@pytest.mark.parametrize("shift", [-1, 1])
+def test_a_mask_off_by_one_is_caught(shift: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = tpu_flash.FlashTile._visible
+
+    def wrong(self: Any, *arguments: Any) -> tuple[jax.Array, jax.Array]:
+        shifted, _ = right(self, *arguments)
+        return shifted, shifted >= shift
+
+    monkeypatch.setattr(tpu_flash.FlashTile, "_visible", wrong)
+    with pytest.raises(AssertionError):
+        check(CASES["ragged"], seed=0)
+
+
+@pytest.mark.parametrize("mistake", ["scale", "window", "page"])
+def test_a_wrong_argument_is_caught(mistake: str) -> None:
+    case = CASES["window"]
+    batch = make_batch(case, 0)
+    options, table = batch.options, batch.arrays["page_table"].copy()
+    if mistake == "scale":
+        options = replace(options, scale=options.scale * 1.0005)
+    elif mistake == "window":
+        options = replace(options, window=options.window + 1)
+    else:
+        table[5, [3, 4]] = table[5, [4, 3]]
+    wrong = replace(batch, options=options, arrays={**batch.arrays, "page_table": table})
+    exact, _, _ = oracle(case, batch)
+    out, _, _ = run(case, wrong)
+    assert distance(out[: batch.num_new], exact) > TOLERANCE[case.dtype]
 
 
 @pytest.mark.parametrize("name", CASES)
