@@ -7,7 +7,7 @@ How work is laid out
     One program runs the whole batch, because how much there is to do is only known on the device.
     First every new key and value is copied into its page, one copy per page touched. Then the program
     walks a list of work items (sequence, tile of queries, block of keys), in that order, over what is
-    really there: empty sequences, padding, and keys that causality or a window hides cost nothing.
+    really there: empty sequences, padding, and blocks that causality or a window hides cost nothing.
     Two cursors walk the same list: one starts the copies of a block (and, with the first block of a
     tile, of its queries), the other computes `RING - 1` items behind, so that the copies of the
     next blocks, tiles and sequences fly while this one is computed. Sequences of one query use a tile
@@ -15,8 +15,8 @@ How work is laid out
 
 What lives where (bytes for bfloat16, 8 key-value heads, 32 query heads, head_dim 128)
     HBM     q, out, the new keys and values, and the whole cache, which is never sliced or copied.
-    SMEM    seq_lens, query_starts, the pages of the new tokens; page tables of two sequences, this one's
-            and the next one's, so that a context may be of any length.
+    SMEM    seq_lens, query_starts, the pages of the new tokens; and the page tables of two sequences, this
+            one's and the next one's, at most 256 KiB each: all of them at once might not fit.
     VMEM    ring of key-value blocks [RING, keys, 2 * kv_heads, head_dim]       4 MiB at 512 keys
             the block, each row apart [2 * kv_heads, keys, head_dim]            2 MiB
             ring of query tiles [RING, queries, heads, head_dim]                2 MiB at 128 queries
@@ -28,8 +28,9 @@ What lives where (bytes for bfloat16, 8 key-value heads, 32 query heads, head_di
 
 Why it cannot race
     All cache writes have landed before the first page is read, so it does not matter who shares which
-    page. A ring slot is filled again only after the item that used it has been computed, since both
-    happen in one program, in order. The tile's output is overwritten only after its last copy out has
+    page. A ring slot is filled again only after the item that used it has been computed, and a page
+    table is replaced only after its last page has been asked for, since all of it happens in one
+    program, in order. The tile's output is overwritten only after its last copy out has
     been waited for, and each copy out covers just the rows of its own tile.
 """
 
