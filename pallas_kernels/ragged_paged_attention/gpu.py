@@ -97,11 +97,12 @@ def choose_tilings(
     head_dim, page_size, kv_heads = q.shape[2], kv_pages.shape[2], kv_pages.shape[3] // 2
     group = q.shape[1] // kv_heads
     num_seqs, capacity = page_table.shape[0], page_table.shape[1] * page_size
+    needs_registers = options.alibi_slopes is not None or options.tree_mask is not None
     wide, narrow_pages = head_dim > 128, kv_pages.dtype.itemsize == 1
     # As many keys as registers allow, and as many stages as shared memory.
     long = Tiling(
         warpgroups=2,
-        keys=64 if wide or options.alibi_slopes is not None else 128,
+        keys=64 if wide or needs_registers else 128,
         stages=1 if wide and narrow_pages else 2,
     )
     pairs, stages = 1 if wide else 2, 1 if narrow_pages else 2
@@ -152,6 +153,8 @@ def _attend(
         work.items,
         tiles.begin,
         tiles.end,
+        tree=tiles.tree,
+        tree_bits=tiles.tree_bits,
         position=None if options.alibi_slopes is None else tiles.position,
         slopes=of_rows(options.alibi_slopes),
         sinks=of_rows(options.sinks),
@@ -189,8 +192,11 @@ def _refuse_unsupported(q: jax.Array, kv_pages: jax.Array, options: AttentionOpt
             "The gpu backend needs a page_size of 8, 16 or 32, or a multiple of 64; got "
             f"{page_size}. Change the page size, or use backend='xla'."
         )
-    if options.tree_mask is not None:
-        raise ValueError("The gpu backend has no tree_mask. Use backend='xla'.")
+    if options.tree_mask is not None and options.tree_mask.shape[1] > 64:
+        raise ValueError(
+            "The gpu backend takes trees of up to 64 tokens; tree_mask has "
+            f"{options.tree_mask.shape[1]} columns. Verify fewer at a time, or use backend='xla'."
+        )
 
 
 def _merge(out: jax.Array, lse: jax.Array, work: Work, pieces: int) -> tuple[jax.Array, jax.Array]:

@@ -68,6 +68,8 @@ def attend_tiles(
     begin: jax.Array,
     end: jax.Array,
     *,
+    tree: jax.Array | None = None,
+    tree_bits: jax.Array | None = None,
     position: jax.Array | None = None,
     slopes: jax.Array | None = None,
     sinks: jax.Array | None = None,
@@ -87,7 +89,7 @@ def attend_tiles(
         layer: int32[1].
         page_table: int32[S, P].
         items: int32[items, 7], see `schedule.Work`.
-        begin, end: int32[tiles, R] the keys that each row sees.
+        begin, end, tree, tree_bits: the keys that each row sees, see `schedule.Tiles`.
         position, slopes: int32[tiles, R] and float32[kv_heads, tiles, R], for ALiBi.
         sinks: float32[kv_heads, tiles, R].
         factors: float32[2], of keys and of values.
@@ -102,10 +104,12 @@ def attend_tiles(
     keys, stages, warpgroups, pairs = tiling.keys, tiling.stages, tiling.warpgroups, tiling.pairs
     units = items.shape[0] * kv_heads
     given_rows = min(given, 64)
+    tree_words = 0 if tree_bits is None else tree_bits.shape[1]
     own_out = out_dtype != q.dtype
     # All pages' rows one under another leave TMA two dimensions to deal with.
     flat_pages = kv_pages.reshape(layers * num_pages * page_size, 2 * kv_heads * head_dim)
     optional = {"position": position, "slopes": slopes, "sinks": sinks, "factors": factors}
+    optional |= {"tree": tree, "tree_bits": tree_bits}
     optional = {name: array for name, array in optional.items() if array is not None}
 
     def paged_attention(
@@ -132,6 +136,16 @@ def attend_tiles(
 
             def of_rows(ref: Any) -> jax.Array:
                 return load(ref.at[own], ROWS)
+
+            def in_tree(key: jax.Array) -> jax.Array:
+                """Whether the rows see the keys by their trees; keys before the tree they see."""
+                column = key - _across(of_rows(optional_refs["tree"].at[tile]), key)
+                bits = jnp.full_like(key, -1)
+                for word in range(tree_words):
+                    word_bits = _across(of_rows(optional_refs["tree_bits"].at[tile, word]), key)
+                    bits = jnp.where(column >= 32 * word, word_bits, bits)
+                bit = lax.shift_right_logical(bits, column & 31) & 1
+                return bit == 1
 
             most = plgpu.layout_cast(jnp.full((64,), MASKED, jnp.float32), ROWS)
             mass = plgpu.layout_cast(jnp.zeros((64,), jnp.float32), ROWS)
@@ -176,6 +190,8 @@ def attend_tiles(
                     # Read here, for the registers that they would take in the blocks that need no mask.
                     row_begin, row_end = of_rows(begin_ref.at[tile]), of_rows(end_ref.at[tile])
                     seen = (key >= _across(row_begin, key)) & (key < _across(row_end, key))
+                    if tree_words:
+                        seen &= in_tree(key)
                     logits = jnp.where(seen, logits, MASKED)
                 new_most = jnp.maximum(most, logits.max(axis=1))
                 fade = jnp.exp2((most - new_most) * (unit * LOG2E))
@@ -200,9 +216,12 @@ def attend_tiles(
             carry = lax.fori_loop(full_start, full_stop, functools.partial(block, masked=False), carry)
             total, most, mass = lax.fori_loop(full_stop, blocks, functools.partial(block, masked=True), carry)
 
-            lse_ref[item, head, own] = most * unit + jnp.log(mass)
+            # A row whose tree is empty may have seen nothing.
+            is_some = most > MASKED / 2
+            lse_ref[item, head, own] = jnp.where(is_some, most * unit + jnp.log(mass), -jnp.inf)
             v_factor = 1.0 if factors is None else optional_refs["factors"][1]
-            out_own[...] = (total * _across(v_factor / mass, total)).astype(out_dtype)
+            share = jnp.where(is_some, v_factor / mass, jnp.zeros_like(mass))
+            out_own[...] = (total * _across(share, total)).astype(out_dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(out_own.at[here], out_ref.at[item, head, there])
             plgpu.wait_smem_to_gmem(0)

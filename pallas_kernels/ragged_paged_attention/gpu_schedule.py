@@ -17,6 +17,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.ragged_paged_attention.options import AttentionOptions
 
+NOWHERE = 2**31 - 1  # past every key
+
 # Columns of Work.items.
 TILE, SEQUENCE, START, STOP, FULL_START, FULL_STOP, PIECE = range(7)
 
@@ -63,7 +65,9 @@ class Tiles(NamedTuple):
     Attributes:
         token, group_head: int32[tiles, R] packed token, and query head within its group, of a row.
         position: int32[tiles, R] position of the row's token in its sequence.
-        begin, end: int32[tiles, R] the row sees the keys [begin, end).
+        begin, end: int32[tiles, R] the row sees the keys [begin, end), where it is in no tree.
+        tree: int32[tiles, R] position from which on the row sees what tree_bits say, if before end.
+        tree_bits: int32[tiles, words, R] bit j of all words is whether the row sees the key tree + j.
         sequence: int32[tiles].
         used: bool[tiles].
         first: int32[S] first tile of a sequence.
@@ -74,6 +78,8 @@ class Tiles(NamedTuple):
     position: jax.Array
     begin: jax.Array
     end: jax.Array
+    tree: jax.Array | None
+    tree_bits: jax.Array | None
     sequence: jax.Array
     used: jax.Array
     first: jax.Array
@@ -169,7 +175,22 @@ def _tiles(
     begin = jnp.zeros_like(position)
     if options.window is not None:
         begin = jnp.maximum(position + 1 - options.window, 0)
-    return Tiles(token, row % group, position, begin, end, sequence, used, first)
+    tree = tree_bits = None
+    if options.tree_mask is not None:
+        # A tree is of all new tokens of a sequence; one of more than the mask is wide has none.
+        in_tree = (queries <= options.tree_mask.shape[1])[sequence][:, None]
+        tree = jnp.where(in_tree, (seq_lens - queries)[sequence][:, None], NOWHERE)
+        tree = jnp.broadcast_to(tree, end.shape)
+        end = jnp.where(in_tree, seq_lens[sequence][:, None], end)
+        tree_bits = _packed(options.tree_mask)[token].swapaxes(1, 2)
+    return Tiles(token, row % group, position, begin, end, tree, tree_bits, sequence, used, first)
+
+
+def _packed(mask: jax.Array) -> jax.Array:
+    """bool[T, D] to int32[T, ceil(D / 32)], the first column in the lowest bit."""
+    mask = jnp.pad(mask, ((0, 0), (0, -mask.shape[1] % 32))).reshape(mask.shape[0], -1, 32)
+    bits = mask.astype(jnp.uint32) << jnp.arange(32, dtype=jnp.uint32)
+    return jax.lax.bitcast_convert_type(bits.sum(axis=2, dtype=jnp.uint32), jnp.int32)
 
 
 def cut_keys(tiles: Tiles, tiling: Tiling, page_size: int) -> Work:
@@ -202,7 +223,8 @@ def cut_keys(tiles: Tiles, tiling: Tiling, page_size: int) -> Work:
     begin, stop = jnp.where(used, begin, 0), jnp.where(used, stop, 0)
     blocks = -(-(stop - begin) // tiling.keys)
     full_start = jnp.clip(-(-(tiles.begin.max(axis=1)[tile] - begin) // tiling.keys), 0, blocks)
-    full_stop = (jnp.minimum(tiles.end.min(axis=1)[tile], stop) - begin) // tiling.keys
+    all_see = tiles.end if tiles.tree is None else jnp.minimum(tiles.end, tiles.tree)
+    full_stop = (jnp.minimum(all_see.min(axis=1)[tile], stop) - begin) // tiling.keys
     full_stop = jnp.clip(full_stop, full_start, blocks)
     columns = [tile, tiles.sequence[tile], begin, stop, full_start, full_stop, piece]
     return Work(jnp.stack(columns, axis=1).astype(jnp.int32), first, pieces)

@@ -43,6 +43,7 @@ class Case:
     num_seqs: int = 64
     dtype: Any = jnp.bfloat16
     cache_dtype: Any = None
+    tree_width: int | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -55,6 +56,7 @@ CASES = {
     "pages of 16, decode": Case(LAYERS["llama-3.1-8b"], True, 16),
     "pages of 16, mixed": Case(LAYERS["llama-3.1-8b"], False, 16),
     "pages of 256, mixed": Case(LAYERS["llama-3.1-8b"], False, 256),
+    "trees, mixed": Case(LAYERS["llama-3.1-8b"], False, 64, tree_width=64),
     "a lone decode": Case(LAYERS["llama-3.1-8b"], True, 64, num_seqs=1),
     **{
         f"{dtype} pages, {'decode' if decode_only else 'mixed'}": Case(
@@ -91,6 +93,8 @@ def compile_case(case: Case, device: Any) -> dict[str, Any]:
         arrays["alibi_slopes"] = array(layer.heads, dtype=jnp.float32)
     if layer.spans:
         arrays["span_ends"] = array(tokens)
+    if case.tree_width is not None:
+        arrays["tree_mask"] = array(tokens, case.tree_width, dtype=jnp.bool)
     if case.cache_dtype is not None:
         arrays["k_scale"] = arrays["v_scale"] = array(dtype=jnp.float32)
 

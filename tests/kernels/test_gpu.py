@@ -58,6 +58,11 @@ CASES: dict[str, tuple[Shape, Tiling]] = {
         TWO_TILES,
     ),
     "mixed, int8 pages": (Mixed(6, 2, 64, 32, 10, 3, 60, longest=60, cache_dtype=jnp.int8), WIDE),
+    "mixed, trees": (Mixed(4, 2, 64, 16, 12, 5, 60, longest=20, tree_width=12, sinks=True), WIDE),
+    "mixed, wide trees, window": (
+        Mixed(2, 1, 64, 8, 20, 3, 120, longest=80, tree_width=60, window=30),
+        WIDE,
+    ),
     "mixed, head_dim 256": (Mixed(2, 1, 256, 64, 4, 3, 80, longest=60), Tiling(warpgroups=2)),
 }
 
@@ -134,16 +139,20 @@ ONE_LONG = [(0, 0), (0, 0), (40, 39)]
 
 @interpreted
 @pytest.mark.parametrize(
-    ("column", "by"),
-    [("begin", 1), ("begin", -1), ("end", 1), ("end", -1), ("position", 1)],
+    ("cut", "column", "by"),
+    [
+        ("cut_short", "begin", 1),
+        ("cut_short", "end", -1),
+        ("cut_long", "begin", -1),
+        ("cut_long", "end", 1),
+        ("cut_long", "position", 1),
+    ],
 )
-@pytest.mark.parametrize("cut", ["cut_short", "cut_long"])
 def test_the_check_catches(cut: str, column: str, by: int, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = Mixed(2, 1, 64, 8, 10, 3, 40, window=9, alibi=column == "position")
     batch = random_batch(shape, 0, 1.0, SOME_SHORT if cut == "cut_short" else ONE_LONG)
-    check(batch, shape, *run(batch, shape, WIDE))
     monkeypatch.setattr(gpu, cut, _shift(getattr(gpu, cut), column, by))
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="relative error"):
         check(batch, shape, *run(batch, shape, WIDE))
 
 
@@ -158,12 +167,12 @@ def test_the_check_catches_pages_in_the_wrong_order(lengths: list[tuple[int, int
         check(batch, shape, *run(replace(batch, page_table=wrong), shape, WIDE))
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(
     lengths=st.lists(
         st.tuples(st.integers(0, 900), st.integers(0, 9) | st.integers(0, 200)), min_size=1, max_size=6
     ),
-    group=st.sampled_from([1, 3, 8, 71]),
+    group=st.sampled_from([3, 71]),
     window=st.none() | st.integers(1, 300),
     page_size=st.sampled_from([8, 64, 256]),
     tiling=st.builds(
@@ -177,11 +186,12 @@ def test_the_check_catches_pages_in_the_wrong_order(lengths: list[tuple[int, int
 def test_every_row_meets_each_of_its_keys_once(
     lengths: list[tuple[int, int]], group: int, window: int | None, page_size: int, tiling: Tiling
 ) -> None:
-    lengths = [(cached if new else 0, new) for cached, new in lengths]
+    # One shape of all batches, since every shape is compiled.
+    lengths = [(cached if new else 0, new) for cached, new in [*lengths, *[(0, 0)] * (6 - len(lengths))]]
     new = np.array([n for _, n in lengths])
     seq_lens = jnp.asarray([sum(length) for length in lengths], jnp.int32)
     query_starts = jnp.asarray(np.concatenate([[0], np.cumsum(new)]), jnp.int32)
-    batch = int(new.sum()) + 3, seq_lens, query_starts, group, AttentionOptions(scale=1.0, window=window)
+    batch = 6 * 200 + 3, seq_lens, query_starts, group, AttentionOptions(scale=1.0, window=window)
     short = np.asarray(gpu_schedule.is_short(query_starts, group))
     assert short[new <= 1].all()
     for tiles, rows, mine in (
@@ -246,7 +256,7 @@ def check_schedule(
         ({"head_dim": 272}, {}, r"up to 256; got 272"),
         ({"page_size": 4}, {}, r"page_size of 8, 16 or 32, or a multiple of 64; got 4"),
         ({"page_size": 96}, {}, r"got 96"),
-        ({}, {"tree_mask": jnp.ones((4, 4), bool)}, r"no tree_mask"),
+        ({}, {"tree_mask": jnp.ones((4, 65), bool)}, r"up to 64 tokens; tree_mask has 65 columns"),
     ],
 )
 def test_what_it_cannot_do_is_refused(change: dict[str, Any], options: dict[str, Any], message: str) -> None:

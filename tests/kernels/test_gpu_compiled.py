@@ -36,10 +36,13 @@ def reports(target: str, *names: str) -> dict[str, dict[str, Any]]:
 
 
 def check(name: str, report: dict[str, Any]) -> None:
-    # A head_dim of 256 leaves no register free in a prefill: a few of them go to the stack and back.
-    assert report["spilled_bytes"] <= (64 if "gemma" in name and "mixed" in name else 0), name
+    # A head_dim of 256 leaves no register free in a prefill: a few of them go to the stack and back, more
+    # where pages are widened.
+    wide = "gemma" in name or "head_dim 256" in name
+    most_spilled = 0 if "decode" in name or not wide else 64 if "gemma" in name else 400
+    assert report["spilled_bytes"] <= most_spilled, (name, report)
     # Two warpgroups that compute and two that fetch share 65,536 registers; 0: compiled for another name.
-    assert report["registers"] <= (128 if "decode" in name and "gemma" not in name else 255), name
+    assert report["registers"] <= (128 if "decode" in name and not wide else 255), (name, report)
     assert report["cache_copies"] == 0, name
     assert report["temporary_bytes"] < report["cache_bytes"] / 2, name
 
