@@ -152,7 +152,7 @@ def test_the_check_catches(cut: str, column: str, by: int, monkeypatch: pytest.M
     shape = Mixed(2, 1, 64, 8, 10, 3, 40, window=9, alibi=column == "position")
     batch = random_batch(shape, 0, 1.0, SOME_SHORT if cut == "cut_short" else ONE_LONG)
     monkeypatch.setattr(gpu, cut, _shift(getattr(gpu, cut), column, by))
-    with pytest.raises(AssertionError, match="relative error"):
+    with pytest.raises(AssertionError):
         check(batch, shape, *run(batch, shape, WIDE))
 
 
