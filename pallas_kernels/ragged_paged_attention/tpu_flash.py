@@ -195,6 +195,8 @@ class FlashTile:
         old_max = scratch.running_max[own]
         new_max = jnp.maximum(old_max, jnp.max(logits, axis=1, keepdims=True))
         weights = jnp.exp(logits - _lanes(new_max, logits.shape[1]))
+        if options.tree_mask is not None:  # only then may a query see no key at all
+            weights = jnp.where(visible, weights, 0.0)
         decay = jnp.exp(old_max - new_max)
         scratch.running_max[own] = new_max
         width = scratch.running_sum.shape[1]
@@ -283,7 +285,10 @@ class FlashTile:
 
         def results(rows: Any) -> list[tuple[Any, jax.Array]]:
             weight_sum = jnp.sum(scratch.running_sum[rows], axis=1, keepdims=True)
-            found = [(scratch.out_tile, scratch.acc[rows] * (self.scales[1] / weight_sum))]
+            divisor = weight_sum
+            if self.options.tree_mask is not None:
+                divisor = jnp.where(weight_sum > 0, weight_sum, 1.0)
+            found = [(scratch.out_tile, scratch.acc[rows] * (self.scales[1] / divisor))]
             if self.options.return_lse:
                 found.append((scratch.lse_tile, scratch.running_max[rows] + jnp.log(weight_sum)))
             return [(target, values.astype(target.dtype)) for target, values in found]

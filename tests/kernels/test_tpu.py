@@ -15,6 +15,11 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.ragged_paged_attention import tpu, tpu_flash
 from pallas_kernels.ragged_paged_attention.options import AttentionOptions
+from tests.kernels.backends import BackendUnderTest
+from tests.kernels.ragged_batches import Shape, random_batch
+
+# It runs on JAX 0.10, too; one lane of two is enough for what takes minutes.
+pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="interpreted on JAX 0.11 and newer")
 
 TOLERANCE = {"float32": 5e-6, "bfloat16": 4e-3}
 
@@ -303,6 +308,15 @@ def test_a_wrong_argument_is_caught(mistake: str) -> None:
     exact, _, _ = oracle(case, batch)
     out, _, _ = run(case, wrong)
     assert distance(out[: batch.num_new], exact) > TOLERANCE[case.dtype]
+
+
+def test_a_query_of_a_tree_that_sees_nothing_gives_zero() -> None:
+    shape = Shape(2, 1, 8, 4, 12, 4, 24, tree_width=5, lse=True)
+    batch = random_batch(shape, 0, 1.0, [(10, 5), (10, 6), (0, 4), (0, 1)])
+    assert batch.tree_mask is not None
+    tree_mask = batch.tree_mask.copy()
+    tree_mask[batch.query_starts[2] :] = False
+    BackendUnderTest("tpu").check(replace(batch, tree_mask=tree_mask), shape)
 
 
 @pytest.mark.parametrize("name", CASES)
