@@ -60,19 +60,15 @@ class ModelCost:
         Raises:
             KeyError: if the dtype is not one of `DTYPE_BYTES`.
         """
-        hidden, layers = config.hidden_size, config.num_layers
-        attention = hidden * config.head_dim * (2 * config.num_heads + 2 * config.num_kv_heads)
-        mlp = (3 if config.gated_mlp else 2) * hidden * config.intermediate_size
-        vocabulary = config.vocab_size * (config.embedding_dim or hidden)
         return cls(
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
-            layer_parameters=layers * (attention + mlp),
-            head_parameters=vocabulary,
-            embedding_parameters=(0 if config.tie_word_embeddings else vocabulary)
-            + config.num_learned_positions * hidden,
-            windows=dict(Counter(config.layer_windows or (None,) * layers)),
+            layer_parameters=config.layer_parameters,
+            head_parameters=config.head_parameters,
+            embedding_parameters=(0 if config.tie_word_embeddings else config.head_parameters)
+            + config.num_learned_positions * config.hidden_size,
+            windows=dict(Counter(config.layer_windows or (None,) * config.num_layers)),
             dtype_bytes=DTYPE_BYTES[dtype],
         )
 

@@ -48,16 +48,13 @@ _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 def figures_of(config: ModelConfig, dtype: str) -> ModelFigures:
     """What the cost of a step follows from; where layers differ in their windows, most of them decide."""
     [(window, _)] = Counter(config.layer_windows or (None,)).most_common(1)
-    hidden = config.hidden_size
-    attention = hidden * config.head_dim * (2 * config.num_heads + 2 * config.num_kv_heads)
-    mlp = (3 if config.gated_mlp else 2) * hidden * config.intermediate_size
     return ModelFigures(
         num_layers=config.num_layers,
         num_heads=config.num_heads,
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
-        layer_parameters=config.num_layers * (attention + mlp),
-        head_parameters=config.vocab_size * (config.embedding_dim or hidden),
+        layer_parameters=config.layer_parameters,
+        head_parameters=config.head_parameters,
         dtype_bytes=_DTYPE_BYTES[dtype],
         window=window,
     )

@@ -90,6 +90,18 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
 
     @property
+    def layer_parameters(self) -> int:
+        """Weights of all layers' linear products, each of which is used once a token."""
+        attention = self.hidden_size * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
+        mlp = (3 if self.gated_mlp else 2) * self.hidden_size * self.intermediate_size
+        return self.num_layers * (attention + mlp)
+
+    @property
+    def head_parameters(self) -> int:
+        """Weights of the product that yields the logits, whether tied to the embeddings or not."""
+        return self.vocab_size * (self.embedding_dim or self.hidden_size)
+
+    @property
     def queries_per_kv_head(self) -> int:
         return self.num_heads // self.num_kv_heads
 
