@@ -266,6 +266,8 @@ class FlashTile:
             for word in range(words.shape[0]):
                 bit = jnp.clip(column - 32 * word, 0, 31)
                 allowed = (lax.shift_right_logical(jnp.broadcast_to(of_rows(word), shape), bit) & 1) == 1
+                if options.window is not None:  # by the place in the cache
+                    allowed &= distance < options.window
                 of_word = (column >= 32 * word) & (column < 32 * word + 32)
                 visible = (of_word & allowed) | (~of_word & visible)
         if self.row_words is not None:

@@ -111,12 +111,8 @@ class WorkList:
         begin, end = jnp.int32(0), position + count
         if self.options.window is not None:
             begin = jnp.maximum(position - (self.options.window - 1), 0)
-        if self.options.tree_mask is not None:
-            # A tree shows new tokens whatever the window.
-            context = length - (self.query_starts[seq + 1] - self.query_starts[seq])
-            begin = jnp.minimum(begin, context)
         if self.options.tree_mask is not None or self.options.span_ends is not None:
-            # And both may show a query what comes after it.
+            # Both may show a query what comes after it.
             end = length
         return Tile(count, position, begin, end)
 
