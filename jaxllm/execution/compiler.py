@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -58,20 +59,18 @@ class StepCompiler:
         rest = self.shapes[self._num_foreground :]
         if rest:
             logger.info("compiling %d more in the background; each is used as soon as it is ready", len(rest))
-            self._background = threading.Thread(target=self._compile_rest, args=[rest], name="jaxllm-compile")
+            self._background = threading.Thread(
+                target=_compile_rest, args=[weakref.ref(self), self._closed, rest], name="jaxllm-compile"
+            )
             self._background.start()
 
-    def _compile_rest(self, shapes: Sequence[StepShape]) -> None:
-        for shape in shapes:
-            # A program that ends must not wait for what it will never run.
-            if self._closed.is_set() or not threading.main_thread().is_alive():
-                return
-            try:
-                self._compile(shape)
-            except Exception as error:
-                # Larger shapes that are ready take its plans; they only cost more.
-                logger.warning("compiling %s failed, larger steps take its place: %s", shape, error)
-                self._background_error = error
+    def _compile_in_background(self, shape: StepShape) -> None:
+        try:
+            self._compile(shape)
+        except Exception as error:
+            # Larger shapes that are ready take its plans; they only cost more.
+            logger.warning("compiling %s failed, larger steps take its place: %s", shape, error)
+            self._background_error = error
 
     def wait_for_all(self) -> None:
         """Returns once every shape is compiled; raises what went wrong with one."""
@@ -108,3 +107,27 @@ class StepCompiler:
             future.cancel()
         if self._background is not None:
             self._background.join()
+
+
+# Of all engines of a process one compiles behind its back at a time: together they would only take the
+# cores from one another, and from those who serve.
+_background_turn = threading.Lock()
+
+
+def _compile_rest(
+    owner: weakref.ref[StepCompiler], closed: threading.Event, shapes: Sequence[StepShape]
+) -> None:
+    """Compiles shapes one after the other for as long as anybody has the compiler, and it is not closed."""
+    for shape in shapes:
+        while not _background_turn.acquire(timeout=0.1):
+            if closed.is_set():
+                return
+        try:
+            compiler = owner()
+            # A program that ends must not wait for what it will never run.
+            if compiler is None or closed.is_set() or not threading.main_thread().is_alive():
+                return
+            compiler._compile_in_background(shape)
+            del compiler
+        finally:
+            _background_turn.release()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable
 
@@ -102,3 +103,51 @@ def test_close_starts_nothing_further() -> None:
     closing.join(30)
     assert not closing.is_alive()
     assert compiler.num_ready <= num_covering(SHAPES) + 1  # the one that was under way
+
+
+def background_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "jaxllm-compile"]
+
+
+def test_a_compiler_that_nobody_has_any_more_stops() -> None:
+    compile_step = Compile()
+    compiler = StepCompiler(compile_step, SHAPES, complete=False)
+    compiler.wait(progress=False)
+    [thread] = background_threads()
+    del compiler
+    gc.collect()
+    compile_step.go_on.set()
+    thread.join(30)
+    assert not thread.is_alive()
+    # The one under way is finished, and no other is begun.
+    assert len(compile_step.compiled) <= num_covering(SHAPES) + 1
+
+
+def test_compilers_take_turns_behind_the_back() -> None:
+    steps = [Compile(), Compile()]
+    compilers = [StepCompiler(step, SHAPES, complete=False) for step in steps]
+    running, most = [], []
+
+    def watched(step: Compile) -> Callable[[StepShape], str]:
+        def compile_one(shape: StepShape) -> str:
+            running.append(shape)
+            most.append(len(running))
+            try:
+                return step(shape)
+            finally:
+                running.pop()
+
+        return compile_one
+
+    for compiler, step in zip(compilers, steps, strict=True):
+        step.go_on.set()
+        for future in compiler._foreground:
+            future.result()
+        compiler._compile_step = watched(step)
+    for compiler in compilers:
+        compiler.wait(progress=False)
+    for compiler in compilers:
+        compiler.wait_for_all()
+        assert compiler.num_ready == len(SHAPES)
+        compiler.close()
+    assert max(most) == 1
