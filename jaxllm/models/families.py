@@ -80,8 +80,8 @@ def _architecture(values: Mapping[str, Any]) -> str:
     architectures = values.get("architectures")
     names = architectures if isinstance(architectures, list) else []
     for name in names:
-        if name in FAMILIES:
-            return str(name)
+        if isinstance(name, str) and name in FAMILIES:
+            return name
     what = f"architectures={architectures!r}" if architectures else "no 'architectures'"
     raise UnsupportedModelError(
         f"config.json has {what} (model_type={values.get('model_type')!r}); supported: {', '.join(FAMILIES)}"

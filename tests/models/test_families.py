@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from jaxllm.errors import ConfigError, JaxLLMError, UnsupportedModelError
@@ -411,6 +411,7 @@ _JSON = st.recursive(
         max_size=3,
     ),
 )
+@example(name="gpt2", changes={"architectures": [[]]})
 def test_any_value_is_translated_or_refused_with_our_errors(name: str, changes: dict[str, Any]) -> None:
     try:
         config = translate_config(CASES[name].config, changes)
