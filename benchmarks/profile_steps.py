@@ -12,19 +12,24 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
-from benchmarks.engine import add_model_arguments, generate, model_arguments, model_name, wait_until_compiled
+from benchmarks.engine import add_model_arguments, model_arguments, model_name, wait_until_compiled
 from benchmarks.report import add_output_arguments, figure, print_table, save, write_json
-from jaxllm.scheduling.simulator.fitted import FittedCost, RecordedStep, Shape
+from jaxllm.scheduling.simulator.fitted import FittedCost, RecordedStep, Shape, Work
 
 if TYPE_CHECKING:
     from jaxllm import LLM
     from jaxllm.execution.runner import PendingResult
+    from jaxllm.request import Request
     from jaxllm.scheduling import Plan, StepResult
+
+_numbers = count()
 
 
 class StepRecorder:
@@ -52,7 +57,7 @@ class StepRecorder:
         def result() -> StepResult:
             answer = wait()
             end = time.perf_counter()
-            self.steps.append(RecordedStep.of(plan, shape, end - max(launched, self._last_end)))
+            self.steps.append(RecordedStep(shape, Work.of(plan), end - max(launched, self._last_end)))
             self._last_end = end
             return answer
 
@@ -60,17 +65,72 @@ class StepRecorder:
         return pending
 
 
-def workloads(shapes: list[Shape], max_model_len: int) -> Iterator[tuple[int, int, int]]:
-    """(prompts, tokens of each, tokens out of each) that use every shape, at short and long contexts."""
+class Workload(NamedTuple):
+    """What is given to the engine so that a shape runs.
+
+    Attributes:
+        decodes: requests that have their prompt behind them when the others arrive.
+        context: tokens of their prompts.
+        prompts, length: requests that arrive then, and their tokens.
+        output_len: tokens that each of the latter generates.
+    """
+
+    decodes: int
+    context: int
+    prompts: int
+    length: int
+    output_len: int
+
+
+def workloads(shapes: list[Shape], max_model_len: int) -> Iterator[Workload]:
+    """Some that use every shape: alone and beside others, at short and long contexts."""
     for shape in shapes:
         if shape.decode_only:
             for context in (16, max_model_len // 2):
-                yield shape.num_seqs, context, 12
-        else:
-            for num_prompts in (1, min(4, shape.num_seqs), min(16, shape.num_seqs)):
-                length = shape.num_tokens // num_prompts
-                if 1 < length < max_model_len:
-                    yield num_prompts, length, 1
+                yield Workload(0, 0, shape.num_seqs, context, min(12, max_model_len - context))
+            continue
+        for num_prompts in (1, min(4, shape.num_seqs), min(16, shape.num_seqs)):
+            length = shape.num_tokens // num_prompts
+            if 1 < length < max_model_len:
+                yield Workload(0, 0, num_prompts, length, 1)
+        for decodes, context in ((shape.num_seqs // 4, 16), (shape.num_seqs // 2, max_model_len // 2)):
+            num_prompts = -(-(shape.num_tokens - decodes) // (max_model_len - 1))
+            length = (shape.num_tokens - decodes) // num_prompts
+            if decodes and length > 1 and decodes + num_prompts <= shape.num_seqs:
+                yield Workload(decodes, context, num_prompts, length, 1)
+
+
+def run_workload(llm: LLM, workload: Workload, generator: np.random.Generator) -> None:
+    """Serves it to its end."""
+    from jaxllm import SamplingParams, TokensPrompt
+
+    engine = llm.llm_engine
+
+    def submit(
+        count: int, length: int, output_len: int, generator: np.random.Generator = generator
+    ) -> list[Request]:
+        params = SamplingParams(temperature=0.0, max_tokens=output_len, ignore_eos=True)
+        requests = []
+        for _ in range(count):
+            prompt = generator.integers(0, engine.model_config.vocab_size, length).tolist()
+            processed = engine.input_processor.process(
+                f"profiled-{next(_numbers)}", TokensPrompt(prompt_token_ids=prompt), params
+            )
+            engine.submit(processed.requests, processed.prompt)
+            requests += processed.requests
+        return requests
+
+    # The same prompts each time: their pages are still in the prefix cache.
+    for_ever = engine.input_processor.max_model_len - workload.context
+    running = submit(workload.decodes, workload.context, for_ever, np.random.default_rng(workload.context))
+    while any(request.num_output_tokens < 2 for request in running):
+        engine.step()
+    waited_for = submit(workload.prompts, workload.length, workload.output_len)
+    while not all(request.status.is_finished for request in waited_for):
+        engine.step()
+    engine.abort([request.request_id for request in running])
+    while engine.has_unfinished_requests():
+        engine.step()
 
 
 def record(llm: LLM, repeats: int, seed: int) -> list[RecordedStep]:
@@ -80,11 +140,10 @@ def record(llm: LLM, repeats: int, seed: int) -> list[RecordedStep]:
     max_model_len = engine.input_processor.max_model_len
     generator = np.random.default_rng(seed)
     recorder = StepRecorder(llm)
-    for num_prompts, length, output_len in workloads(compiled, max_model_len):
+    for workload in tqdm(list(workloads(compiled, max_model_len)), desc="Recording", unit="workload"):
         for repeat in range(repeats + 1):
             before = len(recorder.steps)
-            prompts = generator.integers(0, engine.model_config.vocab_size, (num_prompts, length)).tolist()
-            generate(llm, prompts, output_len)
+            run_workload(llm, workload, generator)
             if repeat == 0:
                 del recorder.steps[before:]
     return recorder.steps
@@ -115,16 +174,16 @@ def print_fit(cost: FittedCost, steps: list[RecordedStep], title: str) -> None:
                 f"{np.median(errors):.1%}",
             ]
         )
+    context, beside_prompts, prompt, pair = cost.prices
     note = (
-        f"and {cost.decode_context * 1e9:.1f} ns for a position of a decode, "
-        f"{cost.prompt_pairs * 1e9:.2f} ns for a pair of prompt positions"
+        f"and {context * 1e9:.1f} ns for a position of a decode, {beside_prompts * 1e9:.1f} beside prompts, "
+        f"{prompt * 1e6:.0f} µs for a prompt, {pair * 1e9:.2f} ns for a pair of its positions"
     )
     print_table(title, ["shape", "steps", "ms", "median error"], rows, note=note)
 
 
 def _fitted(cost: FittedCost, step: RecordedStep) -> float:
-    attention = cost.decode_context * step.decode_context + cost.prompt_pairs * step.prompt_pairs
-    return cost.shapes[step.shape] + attention
+    return cost.shapes[step.shape] + step.work.times(cost.prices)
 
 
 def draw(cost: FittedCost, steps: list[RecordedStep], path: Path) -> None:

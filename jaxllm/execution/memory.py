@@ -17,7 +17,7 @@ from jaxllm.models.parameters import ParameterSpec
 
 logger = logging.getLogger(__name__)
 
-_CPU_SHARE = 4  # on a CPU the cache takes one part in four of what is free
+_CPU_SHARE = 8  # on a CPU the cache takes one part in eight of all memory, or less if so much is not free
 _CPU_SEQUENCES = 2  # and no more than this many times what max_num_seqs full sequences could fill
 
 
@@ -67,8 +67,8 @@ def num_kv_pages(
         less = f"less {_gib(needed)} for weights and a step"
         remedy = "lower max_num_seqs or max_num_batched_tokens, or set kv_cache_memory_bytes"
         if device.platform == "cpu":
-            pages = _steady(max(free - needed, 0) // _CPU_SHARE // page)
-            basis = f"a quarter of the {_gib(free)} free, {less}"
+            pages = _steady(total, free - needed) // page
+            basis = f"a share of {_gib(total)} of which {_gib(free)} are free, {less}"
             enough = _CPU_SEQUENCES * per_sequence * (config.max_num_seqs or 1)
             if pages > enough:
                 pages, basis = enough, f"{_CPU_SEQUENCES} x max_num_seqs x max_model_len"
@@ -105,14 +105,16 @@ def num_kv_pages(
     return int(pages) + 1
 
 
-def _steady(pages: int) -> int:
-    """Rounds down by at most a sixteenth.
+def _steady(total: int, free: int) -> int:
+    """Bytes for a CPU's cache: a share of all memory, halved until it takes at most half of what is free.
 
-    What is free on a host differs a little from start to start, and the steps compiled last time are
-    found again only for the same number of pages.
+    What is free differs from start to start, and the steps compiled last time are found again only for
+    the same number of pages.
     """
-    coarse = max(pages.bit_length() - 5, 0)
-    return pages >> coarse << coarse
+    share = total // _CPU_SHARE
+    while share > max(free, 0) // 2:
+        share //= 2
+    return share
 
 
 def _sentence(text: str) -> str:

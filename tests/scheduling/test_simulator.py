@@ -27,6 +27,7 @@ from jaxllm.scheduling.simulator import (
     RecordedStep,
     RooflineCost,
     TracedRequest,
+    Work,
     make_workload,
     read_trace,
     simulate,
@@ -154,7 +155,7 @@ SHAPES = [Shape(1, 1, True), Shape(4, 4, True), Shape(8, 8, True), Shape(16, 8, 
 
 def test_a_fit_finds_the_prices_that_the_steps_were_made_with() -> None:
     rng = np.random.default_rng(0)
-    true = FittedCost({s: 0.002 + 1e-4 * s.num_tokens for s in SHAPES}, 4e-7, 5e-9)
+    true = FittedCost({s: 0.002 + 1e-4 * s.num_tokens for s in SHAPES}, Work(4e-7, 9e-7, 3e-4, 5e-9))
     plans, steps = [], []
     for _ in range(400):
         count = int(rng.integers(1, 9))
@@ -164,7 +165,7 @@ def test_a_fit_finds_the_prices_that_the_steps_were_made_with() -> None:
         plans.append(plan)
         seconds = true.seconds(plan) * float(rng.normal(1, 0.01))
         disturbed = 10 if rng.random() < 0.02 else 1
-        steps.append(RecordedStep.of(plan, true.shape_of(plan), seconds * disturbed))
+        steps.append(RecordedStep(true.shape_of(plan), Work.of(plan), seconds * disturbed))
     cost = FittedCost.fit(steps)
     assert cost.shapes.keys() == set(SHAPES)
     for plan in plans:
@@ -176,7 +177,7 @@ def test_a_fit_finds_the_prices_that_the_steps_were_made_with() -> None:
 
 
 def test_a_plan_runs_in_the_shape_that_the_engine_would_choose() -> None:
-    cost = FittedCost(dict.fromkeys(SHAPES, 0.0), 0.0, 0.0)
+    cost = FittedCost(dict.fromkeys(SHAPES, 0.0), Work(0, 0, 0, 0))
     rng = random.Random(0)
     for _ in range(300):
         rows = [(0, rng.choice([1, 1, 1, 6, 40]), True) for _ in range(rng.randrange(1, 7))]
@@ -189,10 +190,10 @@ def test_a_plan_runs_in_the_shape_that_the_engine_would_choose() -> None:
 
 
 def test_a_fit_survives_being_saved(tmp_path: Path) -> None:
-    cost = FittedCost({shape: 0.5 * shape.num_tokens for shape in SHAPES}, 1e-7, 2e-9)
+    cost = FittedCost({shape: 0.5 * shape.num_tokens for shape in SHAPES}, Work(1e-7, 3e-7, 0.0, 2e-9))
     cost.save(tmp_path / "cost.json")
     assert FittedCost.load(tmp_path / "cost.json") == cost
-    for text in ("{", '{"shapes": []}', '{"shapes": [[1]], "decode_context": 1, "prompt_pairs": 1}', "[]"):
+    for text in ("{", '{"shapes": []}', '{"shapes": [], "prices": {"decode": 1}}', "[]"):
         (tmp_path / "wrong.json").write_text(text)
         with pytest.raises(ValueError, match=r"wrong\.json"):
             FittedCost.load(tmp_path / "wrong.json")
@@ -371,7 +372,7 @@ class TestCommandLine:
 
     def test_a_trace_and_a_fitted_cost(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         write_trace(tmp_path / "trace.jsonl", make_workload("tenants", rate=3.0, num_requests=20))
-        FittedCost({Shape(8192, 256, False): 0.01}, 0.0, 0.0).save(tmp_path / "cost.json")
+        FittedCost({Shape(8192, 256, False): 0.01}, Work(0, 0, 0, 0)).save(tmp_path / "cost.json")
         given = ("--trace", str(tmp_path / "trace.jsonl"), "--cost", str(tmp_path / "cost.json"))
         assert self.run(*given) == 0
         printed = capsys.readouterr().out

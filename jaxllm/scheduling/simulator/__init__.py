@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from jaxllm.scheduling.simulator.costs import CostModel, ModelFigures, RooflineCost
 from jaxllm.scheduling.simulator.devices import DEVICES, Device
-from jaxllm.scheduling.simulator.fitted import FittedCost, RecordedStep
+from jaxllm.scheduling.simulator.fitted import FittedCost, RecordedStep, Work
 from jaxllm.scheduling.simulator.metrics import Summary, summarize
 from jaxllm.scheduling.simulator.simulate import RequestRecord, Simulation, StepRecord, simulate
 from jaxllm.scheduling.simulator.trace import TracedRequest, read_trace, write_trace
@@ -28,6 +28,7 @@ __all__ = [
     "StepRecord",
     "Summary",
     "TracedRequest",
+    "Work",
     "make_workload",
     "read_trace",
     "simulate",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,48 +27,57 @@ class Shape(NamedTuple):
     decode_only: bool
 
 
-class RecordedStep(NamedTuple):
-    """A step that was timed.
+class Work(NamedTuple):
+    """What the time of a step depends on besides its shape, counted; or the seconds that one of each takes.
 
     Attributes:
-        decode_context: positions whose keys and values are read for single tokens.
-        prompt_pairs: pairs of a query and a position that it sees, in runs of several tokens.
+        decode_context: positions whose keys and values are read, in a step of nothing but single tokens.
+        mixed_context: the same for the single tokens of other steps.
+        num_prompts: runs of several tokens.
+        prompt_pairs: pairs of a query and a position that it sees, in such runs.
     """
 
-    shape: Shape
-    decode_context: int
-    prompt_pairs: int
-    seconds: float
+    decode_context: float
+    mixed_context: float
+    num_prompts: float
+    prompt_pairs: float
 
     @classmethod
-    def of(cls, plan: Plan, shape: Shape, seconds: float) -> RecordedStep:
-        """A plan that ran in a shape and took so long."""
-        return cls(shape, *attention_of(plan), seconds)
+    def of(cls, plan: Plan) -> Work:
+        """The work of a plan."""
+        context = num_prompts = prompt_pairs = 0
+        for _, start, num_tokens, _ in plan.scheduled:
+            if num_tokens == 1:
+                context += start + 1
+            else:
+                num_prompts += 1
+                prompt_pairs += num_tokens * start + num_tokens * (num_tokens + 1) // 2
+        return cls(0, context, num_prompts, prompt_pairs) if num_prompts else cls(context, 0, 0, 0)
+
+    def times(self, prices: Work) -> float:
+        """Seconds of so much work at these prices."""
+        return sum(amount * price for amount, price in zip(self, prices, strict=True))
 
 
-def attention_of(plan: Plan) -> tuple[int, int]:
-    """(decode_context, prompt_pairs) of a plan; see `RecordedStep`."""
-    decode_context = prompt_pairs = 0
-    for _, start, num_tokens, _ in plan.scheduled:
-        if num_tokens == 1:
-            decode_context += start + 1
-        else:
-            prompt_pairs += num_tokens * start + num_tokens * (num_tokens + 1) // 2
-    return decode_context, prompt_pairs
+class RecordedStep(NamedTuple):
+    """A step that was timed."""
+
+    shape: Shape
+    work: Work
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
 class FittedCost:
-    """A price for each compiled shape, and one for each position attended to.
+    """A price for each compiled shape, and one for each kind of work that its padding does not settle.
 
     Attributes:
-        shapes: seconds of a step in each shape, without attention.
-        decode_context, prompt_pairs: seconds for one of each; see `RecordedStep`.
+        shapes: seconds of a step in each shape, without what `prices` is for.
+        prices: seconds for one of each.
     """
 
     shapes: dict[Shape, float]
-    decode_context: float
-    prompt_pairs: float
+    prices: Work
 
     def seconds(self, plan: Plan) -> float:
         """See `CostModel`.
@@ -76,9 +85,7 @@ class FittedCost:
         Raises:
             ValueError: no shape holds the plan.
         """
-        decode_context, prompt_pairs = attention_of(plan)
-        shape = self.shape_of(plan)
-        return self.shapes[shape] + self.decode_context * decode_context + self.prompt_pairs * prompt_pairs
+        return self.shapes[self.shape_of(plan)] + Work.of(plan).times(self.prices)
 
     def shape_of(self, plan: Plan) -> Shape:
         """The smallest shape that holds a plan, as the engine chooses it."""
@@ -118,20 +125,22 @@ class FittedCost:
             median = float(np.median([step.seconds for step in recorded]))
             kept += [step for step in recorded if median / 3 <= step.seconds <= 3 * median]
         column = {shape: index for index, shape in enumerate(by_shape)}
-        matrix = np.zeros((len(kept), len(column) + 2))
+        matrix = np.zeros((len(kept), len(column) + len(Work._fields)))
         for row, step in zip(matrix, kept, strict=True):
             row[column[step.shape]] = 1
-            row[-2:] = step.decode_context, step.prompt_pairs
+            row[len(column) :] = step.work
         seconds = np.array([step.seconds for step in kept])
         matrix /= seconds[:, None]
         scale = np.maximum(np.abs(matrix).max(axis=0), 1e-300)
         prices, _ = nnls(matrix / scale, np.ones(len(kept)))
-        *bases, decode_context, prompt_pairs = map(float, prices / scale)
-        return cls(dict(zip(column, bases, strict=True)), decode_context, prompt_pairs)
+        seconds_of_one = (prices / scale).tolist()
+        shapes = dict(zip(column, seconds_of_one[: len(column)], strict=True))
+        return cls(shapes, Work(*seconds_of_one[len(column) :]))
 
     def save(self, path: Path) -> None:
         """Writes it as JSON."""
-        values = asdict(self) | {"shapes": [[*shape, seconds] for shape, seconds in self.shapes.items()]}
+        shapes = [[*shape, seconds] for shape, seconds in self.shapes.items()]
+        values = {"shapes": shapes, "prices": self.prices._asdict()}
         path.write_text(json.dumps(values, indent=1) + "\n")
 
     @classmethod
@@ -147,6 +156,6 @@ class FittedCost:
                 Shape(int(tokens), int(seqs), bool(decode_only)): float(seconds)
                 for tokens, seqs, decode_only, seconds in values["shapes"]
             }
-            return cls(shapes, float(values["decode_context"]), float(values["prompt_pairs"]))
-        except (KeyError, TypeError, ValueError) as error:
+            return cls(shapes, Work(**{name: float(price) for name, price in values["prices"].items()}))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is no fitted cost model ({error!r})") from error
