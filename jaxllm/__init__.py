@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # "X as X" marks an export for type checkers
     from jaxllm.sampling_params import BeamSearchParams as BeamSearchParams
     from jaxllm.sampling_params import RequestOutputKind as RequestOutputKind
     from jaxllm.sampling_params import SamplingParams as SamplingParams
+    from jaxllm.structured_outputs import StructuredOutputsParams as StructuredOutputsParams
 
 __version__ = "0.1.0"
 
@@ -24,6 +25,7 @@ _EXPORTS = {
     "SamplingParams": "jaxllm.sampling_params",
     "BeamSearchParams": "jaxllm.sampling_params",
     "RequestOutputKind": "jaxllm.sampling_params",
+    "StructuredOutputsParams": "jaxllm.structured_outputs",
     "SchedulingTerms": "jaxllm.request",
     "RequestOutput": "jaxllm.outputs",
     "CompletionOutput": "jaxllm.outputs",

@@ -201,6 +201,10 @@ class InputProcessor:
         """A checked copy, with what depends on the model filled in."""
         params = params.clone()
         params.verify()
+        if params.structured_outputs is not None:
+            raise InvalidRequestError(
+                "structured_outputs is not served yet; leave it out.", param="structured_outputs"
+            )
         params.logprobs = self._count_logprobs("logprobs", params.logprobs)
         params.prompt_logprobs = self._count_logprobs("prompt_logprobs", params.prompt_logprobs)
         self._check_ids("stop_token_ids", params.stop_token_ids)

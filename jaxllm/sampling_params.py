@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, NoReturn
 
 from jaxllm.errors import InvalidRequestError
+from jaxllm.structured_outputs import GuidedDecodingParams, StructuredOutputsParams
 
 logger = logging.getLogger(__name__)
 
@@ -48,35 +49,6 @@ class RequestOutputKind(enum.Enum):
     """What is new since the last one."""
     FINAL_ONLY = 2
     """Everything, once, at the end."""
-
-
-@dataclass
-class StructuredOutputsParams:
-    """A constraint on the form of the output; exactly one of the first six fields is set."""
-
-    json: str | dict[str, Any] | None = None
-    regex: str | None = None
-    choice: list[str] | None = None
-    grammar: str | None = None
-    json_object: bool | None = None
-    structural_tag: str | None = None
-    disable_any_whitespace: bool = False
-    disable_additional_properties: bool = False
-    whitespace_pattern: str | None = None
-
-    def __post_init__(self) -> None:
-        kinds = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
-        given = [kind for kind in kinds if getattr(self, kind) is not None]
-        if len(given) != 1:
-            raise InvalidRequestError(
-                f"structured_outputs needs exactly one of {', '.join(kinds)}; got "
-                f"{' and '.join(given) or 'none'}.",
-                param="structured_outputs",
-            )
-
-
-GuidedDecodingParams = StructuredOutputsParams
-"""The name that older releases of vLLM used."""
 
 
 @dataclass(frozen=True)
@@ -145,13 +117,14 @@ class SamplingParams:
         include_stop_str_in_output: let the text end with the stop string that ended it.
         output_kind: what is returned while the request runs.
         skip_clone: `clone()` may share lists with the original, which its owner promises not to change.
-        structured_outputs: not served yet.
+        structured_outputs: the form that the output must have, such as a JSON schema.
         logit_bias: added to the logits of these token ids, [-100, 100].
         allowed_token_ids: only these ids are ever sampled.
         bad_words: sequences of tokens that are never completed.
         skip_reading_prefix_cache: compute the whole prompt even where the prefix cache holds it. Requests
             with `prompt_logprobs` always do.
         repetition_detection: ends output that goes in circles, with finish reason "repetition".
+        guided_decoding: what older releases of vLLM called `structured_outputs`; moved there.
         bad_words_token_ids: `bad_words` as token ids; filled in by the engine.
 
     Raises:
@@ -196,6 +169,7 @@ class SamplingParams:
     flat_logprobs: bool = False
     stream_interval: int | None = None
     trace_decode_token_ids: list[int] | None = None
+    guided_decoding: GuidedDecodingParams | None = None
 
     bad_words_token_ids: list[list[int]] | None = field(default=None, init=False, repr=False, compare=False)
 
@@ -232,6 +206,7 @@ class SamplingParams:
         self._verify_length_and_stops()
         self._verify_returned()
         self._verify_token_choice()
+        self._verify_structured_outputs()
         if self.n > 1 and self.is_greedy:
             _refuse(
                 "n",
@@ -240,8 +215,6 @@ class SamplingParams:
             )
 
     def _refuse_unsupported(self) -> None:
-        if self.structured_outputs is not None:
-            _unsupported("structured_outputs", "it comes with the server's structured output")
         if isinstance(self.thinking_token_budget, int) and self.thinking_token_budget == -1:
             self.thinking_token_budget = None
         if self.thinking_token_budget is not None:
@@ -331,6 +304,16 @@ class SamplingParams:
                 _refuse("allowed_token_ids", [], "at least one token id, or None for all of them")
         self.bad_words = _strings("bad_words", self.bad_words)
 
+    def _verify_structured_outputs(self) -> None:
+        if self.guided_decoding is not None:
+            if self.structured_outputs is not None:
+                _refuse("guided_decoding", self.guided_decoding, "left out beside structured_outputs")
+            self.structured_outputs, self.guided_decoding = self.guided_decoding, None
+        if self.structured_outputs is not None:
+            if not isinstance(self.structured_outputs, StructuredOutputsParams):
+                _refuse("structured_outputs", self.structured_outputs, "a StructuredOutputsParams or None")
+            self.structured_outputs.verify()
+
     def clone(self) -> SamplingParams:
         """A copy that can be changed without changing this one."""
         clone = copy.copy(self)
@@ -384,7 +367,7 @@ class BeamSearchParams:
         length_penalty: exponent of the length by which the summed log-probability is divided, [-16, 16];
             above 1 favours long sequences, below 1 short ones.
         include_stop_str_in_output: keep the text of the end-of-sequence token that ended a sequence.
-        structured_outputs: not served yet.
+        structured_outputs: refused: a beam asks for one token at a time, with no memory of a form.
         skip_special_tokens: leave special tokens out of the text.
     """
 
@@ -413,7 +396,7 @@ class BeamSearchParams:
         for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
             _boolean(name, getattr(self, name))
         if self.structured_outputs is not None:
-            _unsupported("structured_outputs", "it comes with the server's structured output")
+            _unsupported("structured_outputs", "beam search knows no constraints; use generate")
 
 
 def eos_token_ids_of(config: Mapping[str, Any]) -> list[int]:

@@ -31,6 +31,7 @@ LEVELS: list[set[str]] = [
     {"jaxllm.request"},
     {"jaxllm.progress"},
     {"jaxllm.sampling_params", "jaxllm.inputs", "jaxllm.config", "jaxllm.outputs"},
+    {"jaxllm.structured_outputs"},
     {"jaxllm.models.config", "jaxllm.demo", "jaxllm.errors"},
 ]
 

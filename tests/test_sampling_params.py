@@ -234,7 +234,6 @@ def test_output_kind() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("structured_outputs", StructuredOutputsParams(regex="a+")),
         ("thinking_token_budget", 5),
         ("logprob_token_ids", [1]),
         ("extra_args", {"a": 1}),
@@ -255,13 +254,21 @@ def test_what_asks_for_nothing_unsupported_is_accepted() -> None:
     assert params.thinking_token_budget is None
 
 
-def test_structured_outputs_takes_one_constraint() -> None:
+def test_structured_outputs_under_both_names() -> None:
     assert GuidedDecodingParams is StructuredOutputsParams
-    StructuredOutputsParams(choice=["a"])
-    with pytest.raises(InvalidRequestError, match="exactly one"):
-        StructuredOutputsParams()
-    with pytest.raises(InvalidRequestError, match="json and regex"):
-        StructuredOutputsParams(json="{}", regex="a")
+    constraint = StructuredOutputsParams(regex="a+")
+    assert SamplingParams(structured_outputs=constraint).structured_outputs is constraint
+    params = SamplingParams(guided_decoding=constraint)
+    assert (params.structured_outputs, params.guided_decoding) == (constraint, None)
+    refused(
+        "beside structured_outputs",
+        "guided_decoding",
+        guided_decoding=constraint,
+        structured_outputs=StructuredOutputsParams(regex="b"),
+    )
+    refused("must be a StructuredOutputsParams", "structured_outputs", structured_outputs={"regex": "a"})
+    constraint.regex = None
+    refused("exactly one", "structured_outputs", structured_outputs=constraint)
 
 
 def test_repetition_detection() -> None:
