@@ -305,14 +305,16 @@ class SamplingParams:
         self.bad_words = _strings("bad_words", self.bad_words)
 
     def _verify_structured_outputs(self) -> None:
+        for name in ("structured_outputs", "guided_decoding"):
+            constraint = getattr(self, name)
+            if constraint is not None:
+                if not isinstance(constraint, StructuredOutputsParams):
+                    _refuse(name, constraint, "a StructuredOutputsParams or None")
+                constraint.verify()
         if self.guided_decoding is not None:
             if self.structured_outputs is not None:
                 _refuse("guided_decoding", self.guided_decoding, "left out beside structured_outputs")
             self.structured_outputs, self.guided_decoding = self.guided_decoding, None
-        if self.structured_outputs is not None:
-            if not isinstance(self.structured_outputs, StructuredOutputsParams):
-                _refuse("structured_outputs", self.structured_outputs, "a StructuredOutputsParams or None")
-            self.structured_outputs.verify()
 
     def clone(self) -> SamplingParams:
         """A copy that can be changed without changing this one."""
