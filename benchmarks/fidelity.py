@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from benchmarks.engine import add_model_arguments, model_arguments, model_name, wait_until_compiled
+from benchmarks.engine import add_model_arguments, model_arguments, model_name
 from benchmarks.profile_steps import fit, print_fit
 from benchmarks.report import add_output_arguments, figure, print_table, save, write_json
 from jaxllm.scheduling.simulator import FittedCost, TracedRequest, make_workload, simulate, summarize
@@ -131,11 +131,10 @@ def run(options: argparse.Namespace) -> tuple[FittedCost, list[Comparison]]:
 
     with model_arguments(options) as arguments:
         arguments |= {"max_model_len": options.max_model_len, "max_num_seqs": options.max_num_seqs}
-        cost, steps = fit(arguments, options.repeats, options.seed)
-        print_fit(cost, steps, f"{model_name(options)}: steps")
         rows = []
         with LLM(**arguments) as llm:
-            wait_until_compiled(llm)
+            cost, steps = fit(llm, options.repeats, options.seed)
+            print_fit(cost, steps, f"{model_name(options)}: steps")
             given = traces(options.num_requests, options.rate, options.scale, options.max_model_len)
             for name, trace in given:
                 llm.reset_prefix_cache()

@@ -33,16 +33,20 @@ _numbers = count()
 
 
 class StepRecorder:
-    """Notes the plan, the shape and the time of every step of an engine."""
+    """Notes the plan, the shape and the time of every step of an engine, until it is closed."""
 
     def __init__(self, llm: LLM) -> None:
         self.steps: list[RecordedStep] = []
-        runner = llm.llm_engine.runner
+        self._runner = runner = llm.llm_engine.runner
         self._shape = Shape(0, 0, False)
         self._last_end = 0.0
         self._execute, self._executable = runner.execute, runner.compiler.executable
         runner.execute = self._timed  # type: ignore[method-assign]
         runner.compiler.executable = self._noted  # type: ignore
+
+    def close(self) -> None:
+        self._runner.execute = self._execute  # type: ignore[method-assign]
+        self._runner.compiler.executable = self._executable  # type: ignore
 
     def _noted(self, *arguments: Any) -> Any:
         shape, run = self._executable(*arguments)
@@ -146,16 +150,14 @@ def record(llm: LLM, repeats: int, seed: int) -> list[RecordedStep]:
             run_workload(llm, workload, generator)
             if repeat == 0:
                 del recorder.steps[before:]
+    recorder.close()
     return recorder.steps
 
 
-def fit(arguments: dict[str, Any], repeats: int, seed: int) -> tuple[FittedCost, list[RecordedStep]]:
+def fit(llm: LLM, repeats: int, seed: int) -> tuple[FittedCost, list[RecordedStep]]:
     """The cost model of an engine, and the steps that it comes from."""
-    from jaxllm import LLM
-
-    with LLM(**arguments) as llm:
-        wait_until_compiled(llm)
-        steps = record(llm, repeats, seed)
+    wait_until_compiled(llm)
+    steps = record(llm, repeats, seed)
     return FittedCost.fit(steps), steps
 
 
@@ -213,9 +215,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="write the cost model here, for `jaxllm.simulate --cost`")
     add_output_arguments(parser)
     options = parser.parse_args(arguments)
-    with model_arguments(options) as engine_arguments:
-        limits = {"max_model_len": options.max_model_len, "max_num_seqs": options.max_num_seqs}
-        cost, steps = fit(engine_arguments | limits, options.repeats, options.seed)
+    from jaxllm import LLM
+
+    limits = {"max_model_len": options.max_model_len, "max_num_seqs": options.max_num_seqs}
+    with model_arguments(options) as engine_arguments, LLM(**engine_arguments | limits) as llm:
+        cost, steps = fit(llm, options.repeats, options.seed)
     print_fit(cost, steps, model_name(options))
     if options.out is not None:
         cost.save(options.out)
