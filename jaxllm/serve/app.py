@@ -20,6 +20,7 @@ from jaxllm.async_engine import AsyncEngine
 from jaxllm.config import DEMO_MODEL
 from jaxllm.demo import DEMO_MODEL_NAME
 from jaxllm.errors import ConfigError, JaxLLMError
+from jaxllm.serve.body import Body, Refusal
 from jaxllm.serve.chat import create_chat_completion
 from jaxllm.serve.completions import create_completion
 from jaxllm.serve.config import ServerConfig
@@ -32,12 +33,11 @@ from jaxllm.serve.errors import (
 )
 from jaxllm.serve.metrics import make_registry
 from jaxllm.serve.middleware import APIKeys, RequestGate, RequestIdHeader
+from jaxllm.serve.parsing import OutputParsers
 from jaxllm.serve.protocol import (
-    Body,
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
-    Refusal,
     TokenizeRequest,
 )
 from jaxllm.serve.state import ServerState
@@ -89,7 +89,8 @@ def build_app(
         model_names: names that requests may call the model by; None derives them from the engine's.
     """
     names = model_names or served_names(engine.engine.config.model, config)
-    state = ServerState(engine, config, names, load_chat_template(config.chat_template))
+    parsers = OutputParsers.from_config(config)
+    state = ServerState(engine, config, names, load_chat_template(config.chat_template), parsers)
     app = FastAPI(
         title="jaxllm",
         version=jaxllm.__version__,

@@ -12,6 +12,7 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
 from jaxllm.outputs import CompletionOutput, RequestOutput
+from jaxllm.serve.chat_message import ChatMessage
 from jaxllm.serve.logprobs import chat_logprobs, prompt_logprobs_json
 from jaxllm.serve.protocol import ChatCompletionRequest
 from jaxllm.serve.state import Generation, PromptInput, ServerState, close_all, start_generations
@@ -24,6 +25,8 @@ from jaxllm.serve.streaming import (
     merge,
 )
 from jaxllm.serve.usage import UsageCounter
+from jaxllm.text.parsers.message import MessageFormat
+from jaxllm.text.parsers.reasoning import count_reasoning_tokens
 
 
 async def create_chat_completion(
@@ -32,6 +35,7 @@ async def create_chat_completion(
     """Write the next message of a conversation, in one JSON object or as a stream of chunks."""
     state.check_model(body.model)
     public_id = state.public_id("chatcmpl", body, http)
+    state.parsers.check(body)
     text = await state.engine.run_in_thread(
         state.render_chat,
         body.messages,
@@ -40,10 +44,13 @@ async def create_chat_completion(
         continue_final_message=body.continue_final_message,
         chat_template_kwargs=body.chat_template_kwargs,
         documents=body.documents,
+        tools=_tools_shown(state, body),
+        reasoning_effort=body.reasoning_effort,
     )
     prompt = PromptInput(text=text, add_special_tokens=body.add_special_tokens)
-    generations = await start_generations(state, body, [prompt], public_id)
-    answer = _Answer(state, body, public_id, generations[0])
+    keep = state.parsers.needs_special_tokens(body, state.tokenizer)
+    generations = await start_generations(state, body, [prompt], public_id, keep_special_tokens=keep)
+    answer = _Answer(state, body, public_id, generations[0], state.parsers.format_of(body, text))
     close = functools.partial(close_all, generations)
     if body.stream:
         return EventStream(answer.events(), close)
@@ -57,15 +64,33 @@ async def create_chat_completion(
         close()
 
 
+def _tools_shown(state: ServerState, body: ChatCompletionRequest) -> list[dict[str, Any]] | None:
+    """The tools as the template shows them to the model."""
+    if not body.tools or (body.chosen_tool == "none" and state.config.exclude_tools_when_tool_choice_none):
+        return None
+    return [tool.model_dump(exclude_unset=True) for tool in body.tools]
+
+
 class _Answer:
-    """Writes the outputs of one request down as OpenAI's chat objects."""
+    """Writes the outputs of one request down as OpenAI's chat objects.
+
+    Args:
+        how: how its completions are to be read.
+    """
 
     def __init__(
-        self, state: ServerState, body: ChatCompletionRequest, public_id: str, generation: Generation
+        self,
+        state: ServerState,
+        body: ChatCompletionRequest,
+        public_id: str,
+        generation: Generation,
+        how: MessageFormat,
     ) -> None:
         self._body = body
         self._generation = generation
         self._tokenizer = state.engine.engine.tokenizer
+        self._parses_reasoning = how.reasoning is not None
+        self._messages = [ChatMessage(how, body) for _ in range(body.num_completions)]
         self._as_ids = (
             state.config.return_tokens_as_token_ids
             if body.return_tokens_as_token_ids is None
@@ -94,16 +119,19 @@ class _Answer:
         choices = []
         for completion in sorted(final.outputs, key=lambda c: c.index):
             self._usage.add(0, completion.index, len(completion.token_ids))
+            message = self._messages[completion.index]
+            message.add(completion)
             choice: dict[str, Any] = {
                 "index": completion.index,
-                "message": {"role": self._role, "content": self._echo + completion.text, "refusal": None},
+                "message": {"role": self._role, **message.whole(self._echo)},
                 "logprobs": self._logprobs(completion),
-                "finish_reason": completion.finish_reason,
+                "finish_reason": message.finish_reason(completion),
                 "stop_reason": completion.stop_reason,
             }
             if self._body.return_token_ids:
                 choice["token_ids"] = completion.token_ids
             choices.append(choice)
+        self._count_reasoning()
         response: dict[str, Any] = {**self._head, "choices": choices, "usage": self._usage.total()}
         if self._body.prompt_logprobs is not None:
             response["prompt_logprobs"] = prompt_logprobs_json(final.prompt_logprobs)
@@ -122,12 +150,13 @@ class _Answer:
                 begun = True
             for completion in output.outputs:
                 self._usage.add(0, completion.index, len(completion.token_ids))
-                choice = self._stream_choice(completion)
-                if self._says_something(completion):
-                    chunks.append(self._chunk(choice))
+                delta = self._messages[completion.index].add(completion)
+                if delta or self._says_something(completion):
+                    chunks.append(self._chunk(self._stream_choice(completion, delta)))
             if chunks:
                 yield b"".join(chunks)
         if self._usage.in_stream:
+            self._count_reasoning()
             yield event({**self._head, "choices": [], "usage": self._usage.total()})
 
     def _opening(self) -> list[bytes]:
@@ -145,12 +174,12 @@ class _Answer:
                 chunks.append(self._chunk(choice, **extra))
         return chunks
 
-    def _stream_choice(self, completion: CompletionOutput) -> dict[str, Any]:
+    def _stream_choice(self, completion: CompletionOutput, delta: dict[str, Any]) -> dict[str, Any]:
         choice: dict[str, Any] = {
             "index": completion.index,
-            "delta": {"content": completion.text},
+            "delta": delta or {"content": ""},
             "logprobs": self._logprobs(completion),
-            "finish_reason": completion.finish_reason,
+            "finish_reason": self._messages[completion.index].finish_reason(completion),
         }
         if completion.finish_reason is not None:
             choice["stop_reason"] = completion.stop_reason
@@ -162,6 +191,11 @@ class _Answer:
         chunk = {**self._head, **extra, "choices": [choice]}
         self._usage.stamp(chunk, 0, choice["index"])
         return event(chunk)
+
+    def _count_reasoning(self) -> None:
+        if self._parses_reasoning:
+            for message in self._messages:
+                self._usage.add_reasoning(count_reasoning_tokens(self._tokenizer, message.reasoning))
 
     def _logprobs(self, completion: CompletionOutput) -> dict[str, Any] | None:
         if not self._body.logprobs:
@@ -175,8 +209,8 @@ class _Answer:
         )
 
     def _says_something(self, completion: CompletionOutput) -> bool:
-        """Whether a chunk is worth sending: text may be held back while tokens come."""
-        if completion.text or completion.finish_reason is not None:
+        """Whether a chunk without text is worth sending: text may be held back while tokens come."""
+        if completion.finish_reason is not None:
             return True
         reports_tokens = self._body.logprobs or self._body.return_token_ids or self._usage.continuous
         return bool(completion.token_ids and reports_tokens)

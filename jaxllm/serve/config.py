@@ -23,6 +23,11 @@ class ServerConfig:
         chat_template_content_format: whether a template gets message contents as strings or as lists of
             parts; "auto" looks at the template.
         trust_request_chat_template: let a request bring a template of its own.
+        enable_auto_tool_choice: let the model decide by itself to call tools; needs tool_call_parser.
+        tool_call_parser: what finds the calls in what the model writes: hermes, llama3_json, mistral, ...
+        tool_parser_plugin: Python file that registers a tool parser of one's own.
+        exclude_tools_when_tool_choice_none: keep tools from the prompt where "tool_choice" is "none".
+        reasoning_parser: what tells reasoning from the answer: deepseek_r1, qwen3, ...
         response_role: role of the messages that the model writes.
         return_tokens_as_token_ids: show tokens in logprobs as "token_id:N".
         enable_prompt_tokens_details: report cached prompt tokens in `usage`.
@@ -52,6 +57,11 @@ class ServerConfig:
     chat_template: str | None = None
     chat_template_content_format: Literal["auto", "string", "openai"] = "auto"
     trust_request_chat_template: bool = False
+    enable_auto_tool_choice: bool = False
+    tool_call_parser: str | None = None
+    tool_parser_plugin: str | None = None
+    exclude_tools_when_tool_choice_none: bool = False
+    reasoning_parser: str | None = None
     response_role: str = "assistant"
     return_tokens_as_token_ids: bool = False
     enable_prompt_tokens_details: bool = False

@@ -23,6 +23,7 @@ from jaxllm.errors import ConfigError, JaxLLMError
 from jaxllm.serve.app import build_app, load_chat_template, served_names
 from jaxllm.serve.arguments import ServeArguments
 from jaxllm.serve.config import ServerConfig
+from jaxllm.serve.parsing import OutputParsers
 from jaxllm.serve.state import ServerState
 from jaxllm.serve.throughput_log import ThroughputLog
 
@@ -46,6 +47,7 @@ def launch(arguments: ServeArguments, load: Callable[[EngineConfig], AsyncEngine
     names = served_names(arguments.engine.model, arguments.server)
     try:
         load_chat_template(arguments.server.chat_template)
+        OutputParsers.from_config(arguments.server)
         _check_readable(arguments.server)
         # Before the model is loaded, so that a busy port costs no minutes.
         listener = bind(arguments.server)

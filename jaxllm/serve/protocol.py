@@ -5,11 +5,12 @@ from __future__ import annotations
 import uuid
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from jaxllm.errors import InvalidRequestError, UnsupportedError
 from jaxllm.request import SchedulingTerms
 from jaxllm.sampling_params import RepetitionDetectionParams, RequestOutputKind, SamplingParams
+from jaxllm.serve.body import Body, Refusal, UnsupportedField, refusal
+from jaxllm.serve.tools import Tool, ToolChoice, check_tools, forced_form
 
 MAX_STOP_STRINGS = 4
 
@@ -24,14 +25,14 @@ _UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "guided_regex": ((), "structured output is not served yet"),
     "guided_choice": ((), "structured output is not served yet"),
     "guided_grammar": ((), "structured output is not served yet"),
-    "tools": ((), "tool calls are not served yet"),
-    "tool_choice": (("none", "auto"), "tool calls are not served yet"),
-    "parallel_tool_calls": ((True, False), "tool calls are not served yet"),
-    "functions": ((), "tool calls are not served yet"),
-    "function_call": (("none", "auto"), "tool calls are not served yet"),
-    "reasoning_effort": ((), "reasoning parsers are not served yet; see chat_template_kwargs"),
-    "include_reasoning": ((True,), "reasoning parsers are not served yet"),
-    "thinking_token_budget": ((-1,), "reasoning parsers are not served yet; bound all output by max_tokens"),
+    "tools": ((), "tools are for chats"),
+    "tool_choice": (("none", "auto"), "tools are for chats"),
+    "parallel_tool_calls": ((True, False), "tools are for chats"),
+    "functions": ((), "it has become 'tools'"),
+    "function_call": (("none", "auto"), "it has become 'tool_choice'"),
+    "reasoning_effort": ((), "it is for chats"),
+    "include_reasoning": ((True,), "it is for chats"),
+    "thinking_token_budget": ((-1,), "reasoning is not bounded apart; bound all output by max_tokens"),
     "suffix": (("",), "no model here fills in the middle of a text"),
     "use_beam_search": ((False,), "beam search is served by LLM.beam_search"),
     "length_penalty": ((1, 1.0), "it belongs to beam search, which is served by LLM.beam_search"),
@@ -53,12 +54,6 @@ _UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "vllm_xargs": (({},), "no plugin here would read it"),
     "lora_request": ((), "LoRA adapters are not served yet"),
 }
-
-
-class Body(BaseModel):
-    """A body whose unknown fields and wrong types are errors."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
 
 
 class StreamOptions(Body):
@@ -155,19 +150,19 @@ class GenerationRequest(Body):
     @model_validator(mode="after")
     def _check_together(self) -> GenerationRequest:
         if self.stream_options is not None and not self.stream:
-            raise _refusal("Field 'stream_options' is only allowed with 'stream': true.", "stream_options")
+            raise refusal("Field 'stream_options' is only allowed with 'stream': true.", "stream_options")
         if self.stream and self.prompt_logprobs:
-            raise _refusal(
+            raise refusal(
                 f"Field 'prompt_logprobs' is {self.prompt_logprobs}: a stream carries no prompt logprobs;"
                 " leave it out, or set 'stream': false.",
                 "prompt_logprobs",
             )
         if isinstance(self.stop, list) and len(self.stop) > MAX_STOP_STRINGS:
-            raise _refusal(
+            raise refusal(
                 f"Field 'stop' has {len(self.stop)} strings: at most {MAX_STOP_STRINGS} are allowed.", "stop"
             )
         if self.truncation_side is not None and self.truncate_prompt_tokens is None:
-            raise _refusal("Field 'truncation_side' needs 'truncate_prompt_tokens'.", "truncation_side")
+            raise refusal("Field 'truncation_side' needs 'truncate_prompt_tokens'.", "truncation_side")
         return self
 
     @property
@@ -248,7 +243,7 @@ class CompletionRequest(GenerationRequest):
     @model_validator(mode="after")
     def _check_prompt(self) -> CompletionRequest:
         if not self.prompt:
-            raise _refusal("Field 'prompt' is empty: give text or token ids.", "prompt")
+            raise refusal("Field 'prompt' is empty: give text or token ids.", "prompt")
         return self
 
     @property
@@ -303,14 +298,20 @@ class ChatCompletionRequest(GenerationRequest):
     documents: list[dict[str, Any]] | None = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[Tool] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    include_reasoning: bool = True
 
     @model_validator(mode="after")
     def _check_chat(self) -> ChatCompletionRequest:
+        check_tools(self.tools, self.tool_choice)
         if self.top_logprobs and not self.logprobs:
-            raise _refusal("Field 'top_logprobs' needs 'logprobs': true.", "top_logprobs")
+            raise refusal("Field 'top_logprobs' needs 'logprobs': true.", "top_logprobs")
         if self.continue_final_message:
             if self.add_generation_prompt and "add_generation_prompt" in self.model_fields_set:
-                raise _refusal(
+                raise refusal(
                     "Fields 'continue_final_message' and 'add_generation_prompt' exclude each other: a new"
                     " message cannot begin while the last one goes on. Set one of them to false.",
                     "add_generation_prompt",
@@ -330,6 +331,21 @@ class ChatCompletionRequest(GenerationRequest):
         """Logprobs per output position."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
+    @property
+    def chosen_tool(self) -> ToolChoice:
+        """`tool_choice`, or what it means to say nothing."""
+        return self.tool_choice or ("auto" if self.tools else "none")
+
+    def to_sampling_params(self, defaults: dict[str, Any]) -> SamplingParams:
+        """See `GenerationRequest`; a call that must be made is a form of the output."""
+        params = super().to_sampling_params(defaults)
+        forced = forced_form(
+            self.tools or (), self.chosen_tool, parallel=self.parallel_tool_calls is not False
+        )
+        if forced is not None:
+            params.structured_outputs = forced
+        return params
+
 
 class TokenizeRequest(Body):
     """POST /tokenize: the token ids of a text or of a conversation."""
@@ -347,7 +363,7 @@ class TokenizeRequest(Body):
     @model_validator(mode="after")
     def _check_one(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
-            raise _refusal("Give exactly one of 'prompt' and 'messages'.", "prompt")
+            raise refusal("Give exactly one of 'prompt' and 'messages'.", "prompt")
         if self.continue_final_message and "add_generation_prompt" not in self.model_fields_set:
             self.add_generation_prompt = False
         return self
@@ -358,31 +374,3 @@ class DetokenizeRequest(Body):
 
     model: str | None = None
     tokens: list[TokenId]
-
-
-class UnsupportedField(UnsupportedError):
-    """A field that is known and not served.
-
-    Attributes:
-        param: its name.
-    """
-
-    def __init__(self, message: str, param: str) -> None:
-        super().__init__(message)
-        self.param = param
-
-
-class Refusal(Exception):
-    """Carries an error of ours through pydantic, which would wrap a ValueError in words of its own.
-
-    Attributes:
-        error: what the client is to be told.
-    """
-
-    def __init__(self, error: InvalidRequestError | UnsupportedField) -> None:
-        super().__init__(str(error))
-        self.error = error
-
-
-def _refusal(message: str, param: str) -> Refusal:
-    return Refusal(InvalidRequestError(message, param=param))

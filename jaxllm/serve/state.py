@@ -16,6 +16,7 @@ from jaxllm.input_processor import ProcessedInput
 from jaxllm.sampling_params import SamplingParams
 from jaxllm.serve.config import ServerConfig
 from jaxllm.serve.errors import NotFoundError
+from jaxllm.serve.parsing import OutputParsers
 from jaxllm.serve.protocol import GenerationRequest
 from jaxllm.text.chat_template import render_chat
 
@@ -31,6 +32,7 @@ class ServerState:
     Attributes:
         model_names: names that requests may give; the first stands in responses.
         chat_template: a Jinja template that goes before the tokenizer's, or None.
+        parsers: what tells reasoning, answer and tool calls apart in what the model writes.
         requests_in_progress: HTTP requests for generation that have not been answered in full.
     """
 
@@ -38,6 +40,7 @@ class ServerState:
     config: ServerConfig
     model_names: tuple[str, ...]
     chat_template: str | None = None
+    parsers: OutputParsers = field(default_factory=OutputParsers)
     requests_in_progress: int = field(default=0)
 
     @property
@@ -75,6 +78,8 @@ class ServerState:
         continue_final_message: bool,
         chat_template_kwargs: dict[str, Any] | None,
         documents: list[dict[str, Any]] | None = None,
+        tools: list[dict[str, Any]] | None = None,
+        reasoning_effort: str | None = None,
     ) -> str:
         """The text that the model is given for a conversation.
 
@@ -95,7 +100,9 @@ class ServerState:
             content_format=self.config.chat_template_content_format,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
+            tools=tools,
             documents=documents,
+            reasoning_effort=reasoning_effort,
             chat_template_kwargs=chat_template_kwargs,
         )
 
@@ -157,15 +164,25 @@ class Generation:
 
 
 async def start_generations(
-    state: ServerState, body: GenerationRequest, prompts: Sequence[PromptInput], public_id: str
+    state: ServerState,
+    body: GenerationRequest,
+    prompts: Sequence[PromptInput],
+    public_id: str,
+    *,
+    keep_special_tokens: bool = False,
 ) -> list[Generation]:
     """Check every prompt, then submit them all; none is submitted when one is refused.
+
+    Args:
+        keep_special_tokens: they stay in the text, whatever the request says, for a parser to see them.
 
     Raises:
         InvalidRequestError: naming the field.
         EngineDeadError: the engine failed or is shutting down.
     """
     params = body.to_sampling_params(state.default_sampling_params())
+    if keep_special_tokens:
+        params.skip_special_tokens = False
     # Clients choose their ids freely, also the same one twice at once.
     unique = uuid.uuid4().hex[:8]
     ids = [f"{public_id}-{unique}-{i}" for i in range(len(prompts))]

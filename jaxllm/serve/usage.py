@@ -29,6 +29,7 @@ class UsageCounter:
         self._details = details
         self._completion_tokens: dict[tuple[int, int], int] = {}
         self._cached_tokens: dict[int, int] = {}
+        self._reasoning_tokens: int | None = None
         self.in_stream = force or (options is not None and options.include_usage)
         self.continuous = self.in_stream and (
             force or (options is not None and options.continuous_usage_stats)
@@ -44,6 +45,10 @@ class UsageCounter:
         if tokens is not None:
             self._cached_tokens[prompt_index] = tokens
 
+    def add_reasoning(self, tokens: int) -> None:
+        """Count those of the output tokens that were reasoning."""
+        self._reasoning_tokens = (self._reasoning_tokens or 0) + tokens
+
     def stamp(self, chunk: dict[str, Any], prompt_index: int, choice_index: int) -> None:
         """Put the usage of one choice so far on a chunk, where the client asked for it."""
         if self.continuous:
@@ -55,6 +60,8 @@ class UsageCounter:
         usage = _usage(sum(self._prompt_tokens), sum(self._completion_tokens.values()))
         if self._details and self._cached_tokens:
             usage["prompt_tokens_details"] = {"cached_tokens": sum(self._cached_tokens.values())}
+        if self._reasoning_tokens is not None:
+            usage["completion_tokens_details"] = {"reasoning_tokens": self._reasoning_tokens}
         return usage
 
 

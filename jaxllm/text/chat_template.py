@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
 from typing import Any, Literal, get_args
 
 from jaxllm.errors import ConfigError, InvalidRequestError, UnsupportedError
+from jaxllm.text.template_inspection import template_variables, wants_content_parts
 
 ContentFormat = Literal["auto", "string", "openai"]
 """How a template wants the content of a message: as a string, or as a list of typed parts."""
@@ -32,6 +32,7 @@ def render_chat(
     continue_final_message: bool = False,
     tools: Sequence[Mapping[str, Any]] | None = None,
     documents: Sequence[Mapping[str, Any]] | None = None,
+    reasoning_effort: str | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> str:
     """The prompt text of a conversation.
@@ -46,6 +47,7 @@ def render_chat(
         continue_final_message: leave the last message open, for the model to go on with it.
         tools: OpenAI tool definitions, for templates that know tools.
         documents: for templates that know retrieval.
+        reasoning_effort: for templates that know it, or `enable_thinking`, which "none" makes false.
         chat_template_kwargs: more variables for the template.
 
     Raises:
@@ -73,11 +75,20 @@ def render_chat(
             )
     template = _resolve_template(tokenizer, chat_template, with_tools=bool(tools))
     as_parts = content_format == "openai" or (content_format == "auto" and wants_content_parts(template))
+    known = template_variables(template)
+    tool_list = _plain_list("tools", tools)
+    if tool_list and known is not None and "tools" not in known:
+        raise InvalidRequestError(
+            "The chat template has no place for tools, so that the model would not know of them. Leave tools "
+            "out, or pass a chat_template that knows tools (the server takes --chat-template).",
+            param="tools",
+        )
+    extra = {**_effort_variables(known, reasoning_effort), **extra}
     conversation = normalize_messages(messages, as_parts=as_parts)
     if continue_final_message:
         _check_continuable(conversation)
     variables = {
-        "tools": _plain_list("tools", tools),
+        "tools": tool_list,
         "documents": _plain_list("documents", documents),
         "add_generation_prompt": add_generation_prompt,
         "continue_final_message": continue_final_message,
@@ -120,6 +131,20 @@ def _apply(
             f"The chat template gave a {type(rendered).__name__} instead of text.", param="chat_template"
         )
     return rendered
+
+
+def _effort_variables(known: frozenset[str] | None, effort: str | None) -> dict[str, Any]:
+    """What a template with these variables has to be told about `reasoning_effort`."""
+    if effort is None or known is None:
+        return {}
+    variables: dict[str, Any] = {"reasoning_effort": effort, "enable_thinking": effort != "none"}
+    told = {name: value for name, value in variables.items() if name in known}
+    if not told:
+        raise InvalidRequestError(
+            f"reasoning_effort is {effort!r}, but the chat template knows no effort; leave it out.",
+            param="reasoning_effort",
+        )
+    return told
 
 
 def _resolve_template(tokenizer: Any, chat_template: str | None, *, with_tools: bool) -> str:
@@ -186,6 +211,10 @@ def _normalize_message(message: Mapping[str, Any], where: str, as_parts: bool) -
     # The API's clients send null for what is absent; templates test whether a key is there.
     result = {key: value for key, value in message.items() if value is not None}
     result["role"] = role
+    # One thing under two names, of which templates know either.
+    reasoning = message.get("reasoning_content") or message.get("reasoning")
+    if role == "assistant" and reasoning is not None:
+        result["reasoning_content"] = result["reasoning"] = reasoning
     content = message.get("content")
     if content is None:
         if role not in ("assistant", "tool"):
@@ -278,81 +307,3 @@ def _plain_list(name: str, value: Any) -> list[dict[str, Any]] | None:
     ):
         raise InvalidRequestError(f"{name} must be a list of objects.", param=name)
     return [dict(item) for item in value] or None
-
-
-@lru_cache(maxsize=64)
-def wants_content_parts(template: str) -> bool:
-    """Whether a chat template goes through the content of a message part by part.
-
-    It does where it loops over `<message>.content` (or `<message>["content"]`), directly, through a
-    filter, or through a variable or macro argument that the content was handed to.
-    """
-    import jinja2
-    import jinja2.ext
-    from jinja2 import nodes
-
-    # Like the environment that templates are rendered in; {% generation %} marks an assistant's words.
-    environment = jinja2.Environment(extensions=[jinja2.ext.loopcontrols, _generation_tag()])
-    try:
-        tree = environment.parse(template)
-    except jinja2.TemplateSyntaxError:
-        return False  # rendering reports it
-
-    aliases = _content_aliases(tree)
-    return any(_is_content(loop.iter, aliases) for loop in tree.find_all(nodes.For))
-
-
-def _content_aliases(tree: Any) -> frozenset[str]:
-    """Names that stand for the content of a message: variables set to it, parameters that get it."""
-    from jinja2 import nodes
-
-    macros = {macro.name: macro for macro in tree.find_all(nodes.Macro)}
-    aliases: frozenset[str] = frozenset()
-    while True:
-        found = set(aliases)
-        for assignment in tree.find_all(nodes.Assign):
-            if isinstance(assignment.target, nodes.Name) and _is_content(assignment.node, aliases):
-                found.add(assignment.target.name)
-        for call in tree.find_all(nodes.Call):
-            macro = macros.get(call.node.name) if isinstance(call.node, nodes.Name) else None
-            if macro is not None:
-                found.update(
-                    parameter.name
-                    for parameter, argument in zip(macro.args, call.args, strict=False)
-                    if _is_content(argument, aliases)
-                )
-        if found == aliases:
-            return aliases
-        aliases = frozenset(found)
-
-
-def _is_content(node: Any, aliases: frozenset[str]) -> bool:
-    from jinja2 import nodes
-
-    match node:
-        case nodes.Getattr(attr="content") | nodes.Getitem(arg=nodes.Const(value="content")):
-            return True
-        case nodes.Name(name=name):
-            return name in aliases
-        case nodes.Filter(node=inner, name="selectattr" | "rejectattr" | "list" | "reverse"):
-            return _is_content(inner, aliases)
-        case _:
-            return False
-
-
-@lru_cache(maxsize=1)
-def _generation_tag() -> Any:
-    import jinja2.ext
-    from jinja2 import nodes
-
-    class GenerationTag(jinja2.ext.Extension):
-        """`{% generation %} ... {% endgeneration %}`, which leaves its body as it is."""
-
-        tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
-
-        def parse(self, parser: Any) -> list[nodes.Node]:
-            next(parser.stream)
-            body: list[nodes.Node] = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return body
-
-    return GenerationTag

@@ -41,6 +41,9 @@ class DemoServer:
             "1k",
             "--max-num-seqs",
             "16",
+            "--enable-auto-tool-choice",
+            "--tool-call-parser",
+            "hermes",
         ]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "jaxllm.serve", *flags],
@@ -180,6 +183,55 @@ def test_stop_strings(client: openai.OpenAI) -> None:
     cut = ask(client, stop=[stop]).choices[0]
     assert cut.message.content == whole[: whole.index(stop)]
     assert cut.stop_reason == stop
+
+
+WEATHER: list[Any] = [
+    {
+        "type": "function",
+        "function": {
+            "name": "get_weather",
+            "description": "Get the weather in a city.",
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"type": "string"}},
+                "required": ["city"],
+            },
+        },
+    }
+]
+
+
+def test_a_tool_is_called_and_its_result_is_told(client: openai.OpenAI) -> None:
+    messages: list[Any] = [{"role": "user", "content": "What is the weather in Paris?"}]
+    choice = ask(client, messages=messages, tools=WEATHER).choices[0]
+    assert choice.finish_reason == "tool_calls"
+    (call,) = choice.message.tool_calls
+    assert call.function.name == "get_weather"
+    assert json.loads(call.function.arguments) == {"city": "Paris"}
+    # What the client makes of the message goes back as it is.
+    result = {"role": "tool", "tool_call_id": call.id, "content": '{"temperature": 21, "condition": "sunny"}'}
+    answer = ask(client, messages=[*messages, choice.message, result], tools=WEATHER).choices[0]
+    assert answer.finish_reason == "stop"
+    assert "21" in answer.message.content
+
+
+def test_a_streamed_call_is_the_same(client: openai.OpenAI) -> None:
+    fields: dict[str, Any] = {
+        "messages": [{"role": "user", "content": "What is the weather in Rome?"}],
+        "tools": WEATHER,
+    }
+    whole = ask(client, **fields).choices[0]
+    arguments = {"model": "jaxllm-demo", "temperature": 0, "max_tokens": 60, **fields}
+    with client.chat.completions.stream(**arguments) as stream:
+        events = [event.type for event in stream]
+        final = stream.get_final_completion().choices[0]
+    # How many there are depends on how far the engine is ahead of the socket.
+    assert events.count("tool_calls.function.arguments.delta") >= 1
+    assert final.finish_reason == whole.finish_reason == "tool_calls"
+    told = [call.function.model_dump() for call in final.message.tool_calls or ()]
+    assert [(c["name"], c["arguments"]) for c in told] == [
+        (c.function.name, c.function.arguments) for c in whole.message.tool_calls
+    ]
 
 
 def test_forty_clients_at_once(demo: DemoServer, client: openai.OpenAI) -> None:

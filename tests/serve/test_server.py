@@ -116,7 +116,7 @@ def test_the_official_client_meets_typed_errors(live: Live) -> None:
         with pytest.raises(openai.BadRequestError) as bad:
             client.chat.completions.create(model="fake", messages=USER, temperature=9)  # type: ignore[arg-type]
         assert bad.value.param == "temperature"
-        with pytest.raises(openai.BadRequestError, match="tools"):
+        with pytest.raises(openai.BadRequestError, match="--enable-auto-tool-choice"):
             client.chat.completions.create(
                 model="fake",
                 messages=USER,  # type: ignore[arg-type]

@@ -9,7 +9,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from jaxllm.errors import ConfigError, InvalidRequestError, UnsupportedError
-from jaxllm.text.chat_template import normalize_messages, render_chat, wants_content_parts
+from jaxllm.text.chat_template import normalize_messages, render_chat
+from jaxllm.text.template_inspection import wants_content_parts
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
@@ -90,7 +91,7 @@ def test_variables_reach_the_template(tokenizer: Any) -> None:
 
 
 def test_named_templates(tokenizer: Any) -> None:
-    tokenizer.chat_template = {"default": "plain", "tool_use": "tools"}
+    tokenizer.chat_template = {"default": "plain", "tool_use": "{{ 'tools' if tools or true }}"}
     assert render_chat(tokenizer, USER) == "plain"
     assert render_chat(tokenizer, USER, tools=[{"type": "function"}]) == "tools"
     assert render_chat(tokenizer, USER, chat_template="tool_use") == "tools"
@@ -193,3 +194,38 @@ class TestErrors:
             render_chat(tokenizer, USER, content_format="parts")  # type: ignore[arg-type]
         with pytest.raises(InvalidRequestError, match="tools must be a list"):
             render_chat(tokenizer, USER, tools="f")  # type: ignore[arg-type]
+
+
+def test_tools_need_a_template_that_shows_them(tokenizer: Any) -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    with pytest.raises(InvalidRequestError, match="no place for tools") as caught:
+        render_chat(tokenizer, USER, tools=tools)
+    assert caught.value.param == "tools"
+    # Inside a macro it is still the template's own variable.
+    inside = "{% macro m() %}{{ tools | length }}{% endmacro %}{{ m() }}"
+    shown = render_chat(tokenizer, USER, tools=tools, chat_template=inside)
+    assert shown == "1"
+
+
+@pytest.mark.parametrize(
+    ("template", "effort", "expected"),
+    [
+        ("{{ reasoning_effort }}", "high", "high"),
+        ("{{ enable_thinking }}", "low", "True"),
+        ("{{ enable_thinking }}", "none", "False"),
+        ("{{ enable_thinking is defined }}", None, "False"),
+    ],
+)
+def test_reasoning_effort(tokenizer: Any, template: str, effort: str | None, expected: str) -> None:
+    assert render_chat(tokenizer, USER, chat_template=template, reasoning_effort=effort) == expected
+
+
+def test_reasoning_effort_that_a_template_does_not_know_is_refused(tokenizer: Any) -> None:
+    with pytest.raises(InvalidRequestError, match="knows no effort"):
+        render_chat(tokenizer, USER, reasoning_effort="high")
+
+
+@pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
+def test_reasoning_of_former_turns_goes_by_both_names(name: str) -> None:
+    (message,) = normalize_messages([{"role": "assistant", "content": "a", name: "why"}], as_parts=False)
+    assert message["reasoning"] == message["reasoning_content"] == "why"

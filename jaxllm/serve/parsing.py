@@ -1,0 +1,155 @@
+"""Which parsers this server reads a model's answers with, and how those of one chat are read."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from jaxllm.errors import ConfigError, InvalidRequestError
+from jaxllm.serve.config import ServerConfig
+from jaxllm.serve.protocol import ChatCompletionRequest
+from jaxllm.serve.tools import NamedToolChoice
+from jaxllm.text.parsers import harmony
+from jaxllm.text.parsers.message import MessageFormat
+from jaxllm.text.parsers.reasoning import REASONING_FORMATS, ReasoningFormat
+from jaxllm.text.parsers.tool_parsers import TOOL_PARSERS, ToolParser, call_list_of_any, named_call
+from jaxllm.text.parsers.tools import tools_of
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class OutputParsers:
+    """The parsers that the operator chose.
+
+    Attributes:
+        tools: of `--tool-call-parser`.
+        auto: whether the model may decide by itself to call a tool.
+        reasoning: of `--reasoning-parser`.
+    """
+
+    tools: ToolParser | None = None
+    auto: bool = False
+    reasoning: ReasoningFormat | None = None
+
+    @staticmethod
+    def from_config(config: ServerConfig) -> OutputParsers:
+        """The parsers that the flags name.
+
+        Raises:
+            ConfigError: an unknown name, or a plugin that cannot be loaded.
+        """
+        if config.tool_parser_plugin is not None:
+            load_plugin(config.tool_parser_plugin)
+        if config.enable_auto_tool_choice and config.tool_call_parser is None:
+            raise ConfigError(
+                "--enable-auto-tool-choice needs --tool-call-parser NAME, one of"
+                f" {', '.join(sorted(TOOL_PARSERS))}.",
+                param="tool_call_parser",
+            )
+        tools = _named(TOOL_PARSERS, "tool_call_parser", config.tool_call_parser)
+        reasoning = _named(REASONING_FORMATS, "reasoning_parser", config.reasoning_parser)
+        is_harmony = tools is not None and tools.parse is harmony.parse_harmony
+        if is_harmony and reasoning is not None and not reasoning.is_harmony:
+            raise ConfigError(
+                f"--reasoning-parser {config.reasoning_parser} cannot go with --tool-call-parser"
+                f" {config.tool_call_parser}, whose format has reasoning of its own; use openai_gptoss.",
+                param="reasoning_parser",
+            )
+        return OutputParsers(tools, config.enable_auto_tool_choice, reasoning)
+
+    def check(self, body: ChatCompletionRequest) -> None:
+        """Refuse a chat that needs a parser which is not here.
+
+        Raises:
+            InvalidRequestError: naming the field.
+        """
+        if body.tools and body.chosen_tool == "auto" and not self.auto:
+            raise InvalidRequestError(
+                "Field 'tool_choice' is 'auto': this server finds no calls in what the model writes. Start"
+                " it with --enable-auto-tool-choice and --tool-call-parser NAME, or say 'required', 'none'"
+                " or a tool.",
+                param="tool_choice",
+            )
+        if not body.include_reasoning and self.reasoning is None:
+            raise InvalidRequestError(
+                "Field 'include_reasoning' is false: this server does not tell reasoning from the answer."
+                " Start it with --reasoning-parser NAME, or leave the field out.",
+                param="include_reasoning",
+            )
+
+    def calls_of(self, body: ChatCompletionRequest) -> ToolParser | None:
+        """What tells the calls of a chat; None where it wants none."""
+        if not body.tools or body.chosen_tool == "none":
+            return None
+        if isinstance(body.chosen_tool, NamedToolChoice):
+            return named_call(body.chosen_tool.function.name, self.tools)
+        return call_list_of_any(self.tools) if body.chosen_tool == "required" else self.tools
+
+    def format_of(self, body: ChatCompletionRequest, prompt: str) -> MessageFormat:
+        """How the completions of a chat are read."""
+        definitions = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
+        return MessageFormat(
+            self.reasoning,
+            self.calls_of(body),
+            self.reasoning is not None and self.reasoning.starts_inside(prompt),
+            tools_of(definitions),
+            None if body.parallel_tool_calls is not False else 1,
+        )
+
+    def needs_special_tokens(self, body: ChatCompletionRequest, tokenizer: Any) -> bool:
+        """Whether a mark that a parser looks for is a special token, which is left out of text otherwise."""
+        calls = self.calls_of(body)
+        marks = set() if calls is None else set(calls.marks)
+        if self.reasoning is not None:
+            marks |= {*self.reasoning.starts, *self.reasoning.ends}
+            if self.reasoning.is_harmony:
+                marks |= set(harmony.MARKS)
+        return not marks.isdisjoint(_special_tokens(tokenizer))
+
+
+def load_plugin(path: str) -> None:
+    """Run a Python file that registers parsers with `register_tool_parser`; once, however often asked.
+
+    Raises:
+        ConfigError: it cannot be read, or fails.
+    """
+    _run_file(str(Path(path).resolve()))
+
+
+@lru_cache
+def _run_file(path: str) -> None:
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(
+            f"--tool-parser-plugin {path} is no Python file; give the path of one that ends in .py.",
+            param="tool_parser_plugin",
+        )
+    try:
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    except OSError as error:
+        raise ConfigError(
+            f"--tool-parser-plugin {path} cannot be read: {error.strerror}.", param="tool_parser_plugin"
+        ) from error
+    except Exception as error:
+        raise ConfigError(
+            f"--tool-parser-plugin {path} fails with {type(error).__name__}: {error}.",
+            param="tool_parser_plugin",
+        ) from error
+
+
+def _named(known: Mapping[str, T], field: str, name: str | None) -> T | None:
+    if name is None or name in known:
+        return None if name is None else known[name]
+    raise ConfigError(
+        f"--{field.replace('_', '-')} {name!r} is unknown; there are {', '.join(sorted(known))}.", param=field
+    )
+
+
+def _special_tokens(tokenizer: Any) -> set[str]:
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    return {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
