@@ -59,6 +59,10 @@ class EngineConfig:
         kv_cache_memory_bytes: size of the KV cache per device, instead of the fraction.
         max_logprobs: most logprobs a request may ask for; -1 admits the whole vocabulary.
         async_scheduling: overlap the host's work with the device's.
+        record_schedule: file that every plan is written to, for `python -m jaxllm.replay`; compressed if
+            its name ends in .gz.
+        record_trace: file that every request is written to as it ends, for `python -m jaxllm.simulate
+            --trace`; lengths, times and hashes, no text.
         forbid_recompile: raise instead of compiling after warm-up.
         compilation_cache_dir: where compiled steps persist; "" turns the cache off.
     """
@@ -94,6 +98,8 @@ class EngineConfig:
     scheduling_policy: str = "fcfs"
     scheduling_config: dict[str, Any] = field(default_factory=dict)
     async_scheduling: bool = True
+    record_schedule: str | None = None
+    record_trace: str | None = None
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     data_parallel_size: int = 1

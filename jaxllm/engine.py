@@ -27,6 +27,9 @@ from jaxllm.request import NO_TERMS, Request, RequestStatus, SchedulingTerms
 from jaxllm.sampling_params import SamplingParams
 from jaxllm.scheduling import Scheduler, load_policy
 from jaxllm.scheduling.plan import Plan, RequestUpdate
+from jaxllm.scheduling.recording.lines import check_writable
+from jaxllm.scheduling.recording.recorder import Recorder, TraceRecorder
+from jaxllm.scheduling.recording.schedule_recorder import ScheduleRecorder
 from jaxllm.stats import EngineStats, record_end, record_step
 from jaxllm.text.tokenizer import get_tokenizer
 
@@ -62,6 +65,25 @@ class Engine:
         self._in_flight: deque[tuple[Plan, PendingResult]] = deque()
         self._max_in_flight = 2 if config.async_scheduling else 1
         self._stats = EngineStats()
+        self._recorders = self._start_recorders()
+
+    def _start_recorders(self) -> list[Recorder]:
+        config, start = self.config, time.monotonic()
+        recorders: list[Recorder] = []
+        if config.record_schedule is not None:
+            about = {
+                "model": config.model,
+                "dtype": config.dtype,
+                "device": jax.devices()[0].device_kind,
+                "policy": config.scheduling_policy,
+                "policy_config": config.scheduling_config,
+                "max_in_flight": self._max_in_flight,
+                "shapes": [(s.num_tokens, s.num_seqs, s.decode_only) for s in self.runner.compiler.shapes],
+            }
+            recorders.append(ScheduleRecorder(config.record_schedule, self.scheduler, about, start))
+        if config.record_trace is not None:
+            recorders.append(TraceRecorder(config.record_trace, config.block_size, start))
+        return recorders
 
     @classmethod
     def from_config(cls, config: EngineConfig) -> Engine:
@@ -72,6 +94,9 @@ class Engine:
                 what their names say, with what to do about it.
         """
         policy = load_policy(config.scheduling_policy, config.scheduling_config)
+        for name in ("record_schedule", "record_trace"):
+            if getattr(config, name) is not None:
+                check_writable(getattr(config, name), name)
         path = resolve_model(config.model, config.revision, config.download_dir)
         model_config = translate_config(read_config(path), config.hf_overrides)
         if config.disable_sliding_window:
@@ -120,27 +145,37 @@ class Engine:
         While the host applies one step, the device computes the next.
         """
         while len(self._in_flight) < self._max_in_flight and (plan := self.scheduler.schedule()) is not None:
-            self._in_flight.append((plan, self.runner.execute(plan)))
-            self._note_first_scheduled(plan)
+            pending = self.runner.execute(plan)
+            self._in_flight.append((plan, pending))
+            self._note_launch(plan, pending)
         if not self._in_flight:
             return []
         plan, pending = self._in_flight.popleft()
         updates = self.scheduler.apply(plan, pending.result())
         return self._process(plan, updates, time.monotonic())
 
-    def _note_first_scheduled(self, plan: Plan) -> None:
+    def _note_launch(self, plan: Plan, pending: PendingResult) -> None:
         now = time.monotonic()
         for entry in plan.scheduled:
             if entry.request.first_scheduled_time is None:
                 entry.request.first_scheduled_time = now
+        for recorder in self._recorders:
+            recorder.planned(plan, pending.shape, now)
 
     def _process(self, plan: Plan, updates: list[RequestUpdate], now: float) -> list[RequestOutput]:
         record_step(self._stats, plan, updates, now)
+        for recorder in self._recorders:
+            recorder.applied(plan, updates, now)
         outputs, stopped = self._output_processor.process(updates, now)
         for request, stop_string in stopped:
             self.scheduler.finish(request, RequestStatus.FINISHED_STOPPED, stop_string)
-            record_end(self._stats, request, now)
+            self._note_end(request, now)
         return outputs
+
+    def _note_end(self, request: Request, now: float) -> None:
+        record_end(self._stats, request, now)
+        for recorder in self._recorders:
+            recorder.ended(request, now)
 
     def add_request(
         self,
@@ -175,6 +210,9 @@ class Engine:
                 self.scheduler.finish(request, RequestStatus.FINISHED_ABORTED)
             self._output_processor.abort([request_id])
             raise
+        for recorder in self._recorders:
+            for request in requests:
+                recorder.arrived(request)
 
     def abort(self, request_ids: Iterable[str]) -> list[RequestOutput]:
         """Ends users' requests; unknown ids are ignored. Returns a last output for each."""
@@ -184,7 +222,7 @@ class Engine:
         for request in requests:
             if not request.status.is_finished:
                 self.scheduler.finish(request, RequestStatus.FINISHED_ABORTED)
-                record_end(self._stats, request, now)
+                self._note_end(request, now)
         return outputs
 
     def has_unfinished_requests(self) -> bool:
@@ -222,5 +260,7 @@ class Engine:
             raise ConfigError(f"There is no profile to stop ({error}); call start_profile first.") from error
 
     def shutdown(self) -> None:
-        """Stops background compilation; the engine takes no further steps."""
+        """Stops background compilation and recording; the engine takes no further steps."""
         self.runner.close()
+        for recorder in self._recorders:
+            recorder.close()

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 LEVELS: list[set[str]] = [
     {"jaxllm.__main__"},
     {"jaxllm.cli"},
-    {"jaxllm.serve"},
+    {"jaxllm.serve", "jaxllm.replay"},
     {"jaxllm.llm", "jaxllm.async_engine", "jaxllm.convert", "jaxllm.simulate"},
     {"jaxllm.beam_search"},
     {"jaxllm.engine"},

@@ -24,11 +24,21 @@ _COLUMN = {name: row for row, name in enumerate(INTEGERS)}
 
 
 class PendingResult:
-    """A step that was launched; `result` waits for the device."""
+    """A step that was launched; `result` waits for the device.
+
+    Attributes:
+        shape: what it was compiled for.
+    """
 
     def __init__(
-        self, plan: Plan, output: StepOutput, wants_logprobs: bool, prompt_rows: dict[int, int]
+        self,
+        plan: Plan,
+        shape: StepShape,
+        output: StepOutput,
+        wants_logprobs: bool,
+        prompt_rows: dict[int, int],
     ) -> None:
+        self.shape = shape
         self._plan = plan
         self._output = output
         self._wants_logprobs = wants_logprobs
@@ -157,7 +167,7 @@ class Runner:
         self._kv_pages, self._state, output = run(
             self._params, self._kv_pages, self._state, batch.integers, batch.floats
         )
-        return PendingResult(plan, output, wants_logprobs, prompt_rows)
+        return PendingResult(plan, shape, output, wants_logprobs, prompt_rows)
 
     def _pack(
         self, scheduled: Sequence[ScheduledRequest], shape: StepShape, reports_prompt: list[bool]

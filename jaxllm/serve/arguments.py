@@ -94,6 +94,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "scheduling_policy",
         "scheduling_config",
         "async_scheduling",
+        "record_schedule",
+        "record_trace",
         "disable_log_stats",
     ),
     "parallelism": ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,8 +45,13 @@ class Work(NamedTuple):
     @classmethod
     def of(cls, plan: Plan) -> Work:
         """The work of a plan."""
+        return cls.count((entry.start, entry.num_tokens) for entry in plan.scheduled)
+
+    @classmethod
+    def count(cls, runs: Iterable[tuple[int, int]]) -> Work:
+        """The work of so many runs of positions, each by its first one and its length."""
         context = num_prompts = prompt_pairs = 0
-        for _, start, num_tokens, _ in plan.scheduled:
+        for start, num_tokens in runs:
             if num_tokens == 1:
                 context += start + 1
             else:
@@ -136,6 +141,20 @@ class FittedCost:
         seconds_of_one = (prices / scale).tolist()
         shapes = dict(zip(column, seconds_of_one[: len(column)], strict=True))
         return cls(shapes, Work(*seconds_of_one[len(column) :]))
+
+    def extended(self, shapes: Iterable[Shape]) -> FittedCost:
+        """With a price for further shapes: on the line through the known ones of their kind, by tokens.
+
+        Where no shape of their kind is known all kinds are taken; no price is below zero.
+        """
+        prices = dict(self.shapes)
+        for shape in shapes:
+            if shape not in self.shapes:
+                known = [s for s in self.shapes if s.decode_only == shape.decode_only] or list(self.shapes)
+                tokens = np.array([[1.0, one.num_tokens] for one in known])
+                line, _ = nnls(tokens, np.array([self.shapes[one] for one in known]))
+                prices[shape] = float(line @ (1.0, shape.num_tokens))
+        return replace(self, shapes=prices)
 
     def save(self, path: Path) -> None:
         """Writes it as JSON."""

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxllm.request import NO_TERMS, SchedulingTerms
+from jaxllm.scheduling.recording.blocks import HashedRequest, SharedPrefixes
+from jaxllm.scheduling.recording.lines import read_lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,12 @@ class TracedRequest:
     output_len: int
     terms: SchedulingTerms = NO_TERMS
     output_name: int = 0
+
+    @classmethod
+    def from_hashed(cls, hashed: HashedRequest, prefixes: SharedPrefixes) -> TracedRequest:
+        """A recorded request; those that came before it have been made with the same `prefixes`."""
+        segments, output_name = prefixes.add(hashed)
+        return cls(hashed.arrival_time, segments, hashed.output_len, hashed.terms, output_name)
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -57,38 +65,50 @@ def _first_token(name: int) -> int:
 def read_trace(path: Path) -> Iterator[TracedRequest]:
     """The requests of a file, in order of arrival.
 
-    A line of JSON is a request as `write_trace` writes it, or has the columns of the Azure LLM
-    inference traces (Patel et al. 2024: TIMESTAMP, ContextTokens, GeneratedTokens) or of BurstGPT
-    (Wang et al. 2024: Timestamp, Request tokens, Response tokens). A `.csv` file has these columns, too.
+    A line of JSON is a request as `write_trace` writes it, or as a server recorded it (`--record-trace`),
+    or has the columns of the Azure LLM inference traces (Patel et al. 2024: TIMESTAMP, ContextTokens,
+    GeneratedTokens) or of BurstGPT (Wang et al. 2024: Timestamp, Request tokens, Response tokens). A
+    `.csv` file has these columns, too; a file of JSON may be compressed, and ends in `.gz` then.
 
     Raises:
         ValueError: a line that is none of them, with its number.
     """
-    requests = []
-    with path.open(newline="") as lines:
-        rows: Iterable[Any] = csv.DictReader(lines) if path.suffix == ".csv" else map(_parse_line, lines)
-        for number, row in enumerate(rows, start=1):
-            try:
-                requests.append(_from_row(row, number))
-            except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{path}, request {number}: {error}") from error
+    requests: list[TracedRequest | HashedRequest] = []
+    for number, row in enumerate(_rows(path), start=1):
+        try:
+            requests.append(_from_row(row, number))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}, request {number}: {error}") from error
     # Failed requests of BurstGPT generate nothing.
     requests = sorted((r for r in requests if r.output_len > 0), key=lambda r: r.arrival_time)
     start = requests[0].arrival_time if requests else 0.0
+    prefixes = SharedPrefixes()
     for request in requests:
+        if isinstance(request, HashedRequest):
+            request = TracedRequest.from_hashed(request, prefixes)
         yield replace(request, arrival_time=request.arrival_time - start)
 
 
-def _parse_line(line: str) -> Any:
+def _rows(path: Path) -> Iterator[Any]:
+    if path.suffix == ".csv":
+        with path.open(newline="") as lines:
+            yield from csv.DictReader(lines)
+    else:
+        yield from map(_parse_line, read_lines(path))
+
+
+def _parse_line(line: bytes) -> Any:
     try:
         return json.loads(line)
     except ValueError:
-        return line
+        return line.decode(errors="replace")
 
 
-def _from_row(row: Any, number: int) -> TracedRequest:
+def _from_row(row: Any, number: int) -> TracedRequest | HashedRequest:
     if not isinstance(row, dict):
         raise ValueError(f"{row!r} is no JSON object")
+    if "blocks" in row:
+        return HashedRequest.from_row(row)
     if "segments" in row:
         terms = SchedulingTerms(**row.get("terms", {}))
         segments = tuple((int(name), int(length)) for name, length in row["segments"])
