@@ -85,7 +85,8 @@ def describe(schedule: Schedule) -> tuple[str, str]:
 def print_summary(schedule: Schedule, console: Console) -> None:
     """The figures of a recording."""
     title, about = describe(schedule)
-    table = Table(title=f"{title}\n{about}", title_justify="left", show_header=False)
+    console.print(f"{title}\n{about}", highlight=False)
+    table = Table(show_header=False)
     for name, value in tiles_of(schedule, summarize(schedule.as_simulation())):
         table.add_row(name, value)
     console.print(table)

@@ -14,7 +14,9 @@ from jaxllm.scheduling.recording.schedule import RecordedPlan, RecordedRequest, 
 _TEMPLATE = Path(__file__).with_name("page.html")
 
 
-def write_page(path: Path, schedule: Schedule, title: str, about: str, tiles: Sequence[tuple[str, str]]) -> None:
+def write_page(
+    path: Path, schedule: Schedule, title: str, about: str, tiles: Sequence[tuple[str, str]]
+) -> None:
     """Writes the page.
 
     Args:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import select
 import sys
 import termios
 import tty
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -20,7 +22,9 @@ from rich.text import Text
 from jaxllm.scheduling.recording.schedule import Row, Schedule
 
 PROMPT, OUTPUT, LOST, CACHE = "blue", "green", "red", "yellow"
-_KEYS = "← → a step   PgUp PgDn ten   Home End   n p next, previous preemption   g go to   space play   q quit"
+_KEYS = (
+    "← → a step   PgUp PgDn ten   Home End   n p next, previous preemption   g go to   space play   q quit"
+)
 _PLAY = 0.1  # seconds for which a step is shown while playing
 
 
@@ -49,7 +53,9 @@ def draw_step(schedule: Schedule, index: int, *, height: int | None = None) -> R
         state.append(f"pages copied to the host: {step.pages_out}, back: {step.pages_in}", CACHE)
     cache = Table.grid(padding=(0, 1))
     cache.add_row(
-        "KV cache", Bar(usable, 0, step.num_pages, width=40, color=CACHE), f"{step.num_pages} of {usable} pages"
+        "KV cache",
+        Bar(usable, 0, step.num_pages, width=40, color=CACHE),
+        f"{step.num_pages} of {usable} pages",
     )
     return Group(title, state, cache, _batch(rows, shape.num_tokens), _rows(rows, height))
 
@@ -109,7 +115,9 @@ def interact(schedule: Schedule, console: Console) -> None:
         while True:
             foot = f"go to step: {asked[1:]}_" if asked else _KEYS
             room = max(console.height - 8, 3)
-            live.update(Group(draw_step(schedule, index, height=room), Text(f"\n{foot}", "dim")), refresh=True)
+            live.update(
+                Group(draw_step(schedule, index, height=room), Text(f"\n{foot}", "dim")), refresh=True
+            )
             key = read_key(_PLAY if playing else None)
             if asked:
                 if key.isdigit():
@@ -138,12 +146,16 @@ def _raw_keys() -> Iterator[Callable[[float | None], str]]:
     """A function that gives the next key, or "" where none was pressed within so many seconds."""
     descriptor = sys.stdin.fileno()
     before = termios.tcgetattr(descriptor)
+    pressed: deque[str] = deque()
 
     def read_key(timeout: float | None) -> str:
-        if not select.select([descriptor], [], [], timeout)[0]:
-            return ""
-        # Keys such as arrows come as several bytes at once.
-        return os.read(descriptor, 8).decode(errors="replace")
+        if not pressed:
+            if not select.select([descriptor], [], [], timeout)[0]:
+                return ""
+            text = os.read(descriptor, 1024).decode(errors="replace")
+            # Keys such as arrows come as several characters; nothing at all is the end of the input.
+            pressed.extend(re.findall(r"\x1b\[[0-9;]*[A-Za-z~]|.", text, re.DOTALL) or ["q"])
+        return pressed.popleft()
 
     tty.setcbreak(descriptor)
     try:

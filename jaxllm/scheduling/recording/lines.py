@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gzip
 import json
 import logging
@@ -92,17 +93,18 @@ class LineWriter:
         atexit.unregister(self.close)
 
     def _run(self) -> None:
-        with self._file:
-            while True:
-                self._wake.wait(_INTERVAL)
-                self._wake.clear()
-                closed = self._closed  # read first, so that no line is left behind
-                with self._lock:
-                    lines, self._lines, self._num_bytes = self._lines, [], 0
-                if lines and not self._failed:
-                    self._append(b"".join(lines))
-                if closed:
-                    return
+        closed = False
+        while not closed:
+            self._wake.wait(_INTERVAL)
+            self._wake.clear()
+            closed = self._closed  # read first, so that no line is left behind
+            with self._lock:
+                lines, self._lines, self._num_bytes = self._lines, [], 0
+            if lines and not self._failed:
+                self._append(b"".join(lines))
+        # What could not be written then cannot be written now.
+        with contextlib.suppress(OSError):
+            self._file.close()
 
     def _append(self, data: bytes) -> None:
         try:
@@ -121,8 +123,7 @@ def read_lines(path: Path) -> Iterator[bytes]:
 
     What breaks off at the end, since whoever wrote it was killed, is left out with a warning.
     """
-    opened = gzip.open(path) if path.suffix == ".gz" else path.open("rb")
-    with opened as lines:
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
         try:
             for line in lines:
                 if not line.endswith(b"\n") and not _is_json(line):

@@ -176,7 +176,11 @@ class Schedule:
             ValueError: no step was recorded to its end.
         """
         steps = [
-            RecordedStep(step.shape, Work.count((row.start, row.num_tokens) for row in self.rows(index)), step.seconds)
+            RecordedStep(
+                step.shape,
+                Work.of_runs((row.start, row.num_tokens) for row in self.rows(index)),
+                step.seconds,
+            )
             for index, step in enumerate(self.steps)
             if step.seconds > 0
         ]
@@ -276,7 +280,10 @@ class _Reader:
             self._decoding = tuple(decoding)
         requests = self._schedule.requests
         numbers = (*self._decoding, *(number for number, *_ in others)) if others else self._decoding
-        step = RecordedPlan(micros / 1e6, Shape(*shape), *state, numbers, tuple(preempted))
+        running, waiting, pages, out, back = state
+        step = RecordedPlan(
+            micros / 1e6, Shape(*shape), running, waiting, pages, out, back, numbers, tuple(preempted)
+        )
         index = self._index_of[step_id] = len(self._schedule.steps)
         self._schedule.steps.append(step)
         for number in preempted:

@@ -45,10 +45,10 @@ class Work(NamedTuple):
     @classmethod
     def of(cls, plan: Plan) -> Work:
         """The work of a plan."""
-        return cls.count((entry.start, entry.num_tokens) for entry in plan.scheduled)
+        return cls.of_runs((entry.start, entry.num_tokens) for entry in plan.scheduled)
 
     @classmethod
-    def count(cls, runs: Iterable[tuple[int, int]]) -> Work:
+    def of_runs(cls, runs: Iterable[tuple[int, int]]) -> Work:
         """The work of so many runs of positions, each by its first one and its length."""
         context = num_prompts = prompt_pairs = 0
         for start, num_tokens in runs:
