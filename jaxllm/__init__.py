@@ -11,6 +11,11 @@ if TYPE_CHECKING:  # "X as X" marks an export for type checkers
     from jaxllm.llm import LLM as LLM
     from jaxllm.outputs import CompletionOutput as CompletionOutput
     from jaxllm.outputs import RequestOutput as RequestOutput
+    from jaxllm.pooling_outputs import ClassificationRequestOutput as ClassificationRequestOutput
+    from jaxllm.pooling_outputs import EmbeddingRequestOutput as EmbeddingRequestOutput
+    from jaxllm.pooling_outputs import PoolingRequestOutput as PoolingRequestOutput
+    from jaxllm.pooling_outputs import ScoringRequestOutput as ScoringRequestOutput
+    from jaxllm.pooling_params import PoolingParams as PoolingParams
     from jaxllm.request import SchedulingTerms as SchedulingTerms
     from jaxllm.sampling_params import BeamSearchParams as BeamSearchParams
     from jaxllm.sampling_params import RequestOutputKind as RequestOutputKind
@@ -29,6 +34,11 @@ _EXPORTS = {
     "SchedulingTerms": "jaxllm.request",
     "RequestOutput": "jaxllm.outputs",
     "CompletionOutput": "jaxllm.outputs",
+    "PoolingParams": "jaxllm.pooling_params",
+    "PoolingRequestOutput": "jaxllm.pooling_outputs",
+    "EmbeddingRequestOutput": "jaxllm.pooling_outputs",
+    "ClassificationRequestOutput": "jaxllm.pooling_outputs",
+    "ScoringRequestOutput": "jaxllm.pooling_outputs",
     "TextPrompt": "jaxllm.inputs",
     "TokensPrompt": "jaxllm.inputs",
 }

@@ -53,6 +53,11 @@ class EngineConfig:
 
     Attributes:
         model: a directory, a hub name, or "demo" for the bundled demonstration model.
+        runner: "generate" text or "pooling" to vectors; "auto" goes by the model.
+        convert: "embed" runs a model that generates as one that embeds, which "auto" does under
+            runner="pooling"; "none" does not.
+        pooler_config: how to pool instead of as the model says: pooling_type (LAST, CLS, MEAN) and
+            use_activation.
         dtype: "auto" is the checkpoint's on GPU and TPU, and float32 on CPU.
         block_size: tokens per KV page.
         gpu_memory_utilization: fraction of device memory for weights, activations and KV cache.
@@ -68,6 +73,9 @@ class EngineConfig:
     """
 
     model: str = DEMO_MODEL
+    runner: Literal["auto", "generate", "pooling"] = "auto"
+    convert: Literal["auto", "none", "embed", "classify"] = "auto"
+    pooler_config: dict[str, Any] = field(default_factory=dict)
     tokenizer: str | None = None
     skip_tokenizer_init: bool = False
     trust_remote_code: bool = False
@@ -150,9 +158,7 @@ NOTHING_TO_MATCH: dict[str, str] = {
 
 # Other arguments of vLLM, with the values that ask for what is done anyway (so do None, False, 0 and "").
 NOT_SERVED: dict[str, tuple[Any, ...]] = {
-    "runner": ("auto", "generate"),
     "task": ("auto", "generate"),
-    "convert": ("auto", "none"),
     "tokenizer_mode": ("auto", "hf"),
     "config_format": ("auto", "hf"),
     "model_impl": ("auto",),
@@ -181,7 +187,6 @@ NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "mm_processor_kwargs": (),
     "allowed_local_media_path": (),
     "allowed_media_domains": (),
-    "pooler_config": (),
     "profiler_config": (),
     "attention_config": (),
     "hf_token": (),

@@ -21,8 +21,10 @@ from jaxllm.inputs import PromptType
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.families import translate_config
 from jaxllm.models.hub import read_config, read_generation_config, resolve_model
+from jaxllm.models.pooler_fields import resolve_pooling
 from jaxllm.output_processor import OutputProcessor
 from jaxllm.outputs import RequestOutput
+from jaxllm.pooling_processor import PoolingProcessor
 from jaxllm.request import NO_TERMS, Request, RequestStatus, SchedulingTerms
 from jaxllm.sampling_params import SamplingParams
 from jaxllm.scheduling import Scheduler, load_policy
@@ -61,7 +63,9 @@ class Engine:
         self.input_processor = input_processor
         self.runner = runner
         self.scheduler = scheduler
-        self._output_processor = OutputProcessor(tokenizer)
+        self._output_processor: OutputProcessor | PoolingProcessor = (
+            OutputProcessor(tokenizer) if model_config.pooler is None else PoolingProcessor(model_config)
+        )
         self._in_flight: deque[tuple[Plan, PendingResult]] = deque()
         self._max_in_flight = 2 if config.async_scheduling else 1
         self._stats = EngineStats()
@@ -99,6 +103,9 @@ class Engine:
                 check_writable(getattr(config, name), name)
         path = resolve_model(config.model, config.revision, config.download_dir)
         model_config = translate_config(read_config(path), config.hf_overrides)
+        model_config = resolve_pooling(
+            model_config, path, runner=config.runner, convert=config.convert, overrides=config.pooler_config
+        )
         if config.disable_sliding_window:
             model_config = model_config.without_windows()
         platform = current_platform()

@@ -138,13 +138,13 @@ class InputProcessor:
                 f"sampling_params must be a SamplingParams; got {type(params).__name__}.",
                 param="sampling_params",
             )
-        self._check_terms(terms)
+        self.check_terms(terms)
         text, given_ids, own_salt = split_prompt(prompt)
         params = self._prepare_params(params)
         if final_only:
             params.output_kind = RequestOutputKind.FINAL_ONLY
-        token_ids = self.tokenize(text or "") if given_ids is None else _as_token_ids(given_ids)
-        self._check_prompt(token_ids, given=given_ids is not None)
+        token_ids = self.tokenize(text or "") if given_ids is None else as_token_ids(given_ids)
+        self.check_prompt(token_ids, given=given_ids is not None)
 
         room = self.max_model_len - len(token_ids)
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
@@ -167,7 +167,7 @@ class InputProcessor:
         ]
         return ProcessedInput(requests, text)
 
-    def _check_terms(self, terms: SchedulingTerms) -> None:
+    def check_terms(self, terms: SchedulingTerms) -> None:
         """Refuse what the policy would not look at."""
         if self._policy_terms is None:
             return
@@ -224,7 +224,13 @@ class InputProcessor:
         params.bad_words_token_ids = self._tokenize_bad_words(params.bad_words) if params.bad_words else None
         return params
 
-    def _check_prompt(self, token_ids: list[int], *, given: bool) -> None:
+    def check_prompt(self, token_ids: list[int], *, given: bool, room: int = 1) -> None:
+        """Refuse a prompt that is empty, too long, or has ids that the model has not.
+
+        Args:
+            given: whether the user gave token ids.
+            room: output tokens that must fit behind it.
+        """
         param = "prompt_token_ids" if given else "prompt"
         if not token_ids:
             raise InvalidRequestError("the prompt is empty: give at least one token.", param=param)
@@ -236,10 +242,11 @@ class InputProcessor:
                 f"[0, {self._vocab_size - 1}].{advice}",
                 param=param,
             )
-        if len(token_ids) >= self.max_model_len:
+        if len(token_ids) > self.max_model_len - room:
+            beside = "beside one output token " if room else ""
             raise InvalidRequestError(
-                f"the prompt has {len(token_ids)} tokens; at most {self.max_model_len - 1} fit beside one "
-                f"output token into max_model_len={self.max_model_len}. Shorten it, or raise max_model_len "
+                f"the prompt has {len(token_ids)} tokens; at most {self.max_model_len - room} fit {beside}"
+                f"into max_model_len={self.max_model_len}. Shorten it, or raise max_model_len "
                 "as far as the model goes.",
                 param=param,
             )
@@ -317,7 +324,7 @@ class InputProcessor:
             ) from error
 
 
-def _as_token_ids(token_ids: Any) -> list[int]:
+def as_token_ids(token_ids: Any) -> list[int]:
     """A list of ints of any sequence of integers."""
     ids = token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids
     if isinstance(ids, list | tuple):

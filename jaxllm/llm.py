@@ -8,15 +8,17 @@ import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from jaxllm import beam_search as beams
 from jaxllm.beam_search import BeamSearchOutput, Candidates
 from jaxllm.config import DEMO_MODEL, engine_config_from
 from jaxllm.errors import ConfigError, EngineDeadError, InvalidRequestError, UnsupportedError
+from jaxllm.input_processor import ProcessedInput
 from jaxllm.inputs import PromptType, TokensPrompt, as_prompt_list
 from jaxllm.models.config import ModelConfig
 from jaxllm.outputs import RequestOutput
+from jaxllm.pooling_methods import PoolingMethods
 from jaxllm.progress import SpeedDisplay, interrupt_between_steps, progress_bar
 from jaxllm.request import NO_TERMS, Request, SchedulingTerms
 from jaxllm.sampling_params import BeamSearchParams, SamplingParams
@@ -33,7 +35,7 @@ UseTqdm = bool | Callable[..., Any]
 _T = TypeVar("_T")
 
 
-class LLM:
+class LLM(PoolingMethods):
     """A language model with its tokenizer and KV cache, for offline use.
 
         llm = LLM("path/or/hub-name", dtype="bfloat16", max_model_len=4096)
@@ -325,22 +327,6 @@ class LLM:
     ) -> None:
         self.shutdown()
 
-    def encode(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not served yet."""
-        _no_pooling("encode")
-
-    def embed(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not served yet."""
-        _no_pooling("embed")
-
-    def classify(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not served yet."""
-        _no_pooling("classify")
-
-    def score(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not served yet."""
-        _no_pooling("score")
-
     def _submit(
         self,
         prompts: Sequence[PromptType],
@@ -352,23 +338,31 @@ class LLM:
         if params is None:
             params = self.get_default_sampling_params()
         each_params = _one_for_each("sampling_params", params, len(prompts))
-        request_ids = [str(self._next_id + i) for i in range(len(prompts))]
-        self._next_id += len(prompts)
+        request_ids = self._new_ids(len(prompts))
         processed = [
             engine.input_processor.process(request_id, prompt, own_params, terms=own_terms, final_only=True)
             for request_id, prompt, own_params, own_terms in zip(
                 request_ids, prompts, each_params, each_terms, strict=True
             )
         ]
+        self._submit_processed(processed)
+        return request_ids
+
+    def _new_ids(self, count: int) -> list[str]:
+        ids = [str(self._next_id + i) for i in range(count)]
+        self._next_id += count
+        return ids
+
+    def _submit_processed(self, processed: Sequence[ProcessedInput]) -> None:
+        """Give the engine all of these, or none where it refuses one."""
         submitted: list[str] = []
         try:
-            for request_id, item in zip(request_ids, processed, strict=True):
-                engine.submit(item.requests, item.prompt)
-                submitted.append(request_id)
+            for item in processed:
+                self.llm_engine.submit(item.requests, item.prompt)
+                submitted.append(item.requests[0].group_id or item.requests[0].request_id)
         except BaseException:
             self._abort(submitted)
             raise
-        return request_ids
 
     def _run(self, request_ids: list[str], use_tqdm: UseTqdm) -> list[RequestOutput]:
         """Step the engine until these requests have ended. Whatever goes wrong, they are gone afterwards."""
@@ -458,12 +452,6 @@ def _refuse_options(
     for name, value in options.items():
         if value:
             raise UnsupportedError(f"{name} is not supported yet; leave it out.")
-
-
-def _no_pooling(method: str) -> NoReturn:
-    raise UnsupportedError(
-        f"LLM.{method} is not supported yet: only text generation is served. Use generate or chat."
-    )
 
 
 def _read_chat_template(chat_template: str | Path | None) -> str | None:

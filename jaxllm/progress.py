@@ -13,6 +13,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from jaxllm.outputs import RequestOutput
+from jaxllm.pooling_outputs import PoolingRequestOutput
 
 
 class SpeedDisplay:
@@ -24,10 +25,11 @@ class SpeedDisplay:
         self._num_input_tokens = 0
         self._num_output_tokens = 0
 
-    def add(self, output: RequestOutput) -> None:
+    def add(self, output: RequestOutput | PoolingRequestOutput[Any]) -> None:
         """Count a request that ended."""
+        completions = output.outputs if isinstance(output, RequestOutput) else ()
         self._num_input_tokens += len(output.prompt_token_ids)
-        self._num_output_tokens += sum(len(completion.token_ids) for completion in output.outputs)
+        self._num_output_tokens += sum(len(completion.token_ids) for completion in completions)
         elapsed = max(time.monotonic() - self._start, 1e-9)
         self._bar.set_postfix_str(
             f"est. speed input: {self._num_input_tokens / elapsed:.2f} toks/s, "

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, field, fields
 
 from jaxllm.errors import InvalidRequestError
+from jaxllm.pooling_params import PoolingParams
 from jaxllm.sampling_params import SamplingParams
 
 
@@ -97,6 +98,9 @@ class Request:
             even where prefix caching is off; None where n is 1.
         needs_host_tokens: whether the host must know every token before it can prepare the next step
             (bad words, ...); such a request is never scheduled while a token is in flight.
+        pooling_params: of a request to a pooling model, which ends with its prompt; None where text is
+            generated.
+        token_type_ids: type of each prompt token; None is type 0 throughout.
         token_ids: prompt and output tokens known to the host, in order.
         num_pending_tokens: tokens sampled by steps still in flight, not yet in `token_ids`.
         num_computed_tokens: positions whose keys and values are in the cache, or will be once
@@ -119,6 +123,8 @@ class Request:
     cache_salt: str | None = None
     group_id: str | None = None
     needs_host_tokens: bool = False
+    pooling_params: PoolingParams | None = None
+    token_type_ids: list[int] | None = None
 
     status: RequestStatus = RequestStatus.WAITING
     token_ids: list[int] = field(default_factory=list)

@@ -351,6 +351,8 @@ def record_step(stats: EngineStats, plan: Plan, updates: Sequence[RequestUpdate]
                 gaps.append(now - request.last_token_time)
             request.last_token_time = now
         if request.status.is_finished:
+            if request.pooling_params is not None:
+                prompt_tokens += request.num_prompt_tokens
             record_end(stats, request, now)
     stats.inter_token_latency.observe_many(gaps)
     stats.record_step(

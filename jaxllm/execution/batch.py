@@ -59,7 +59,7 @@ class HostBatch:
         integers, floats: what travels.
         token_ids, positions, targets: int32[T]. A token id of -1 is the newest token of its
             sequence, which is still on the device; a target is the token whose log-probability a
-            prompt position reports.
+            prompt position reports, or in a pooling model the token's type.
         query_starts: int32[S + 1].
         seq_integers: int32[len(INTEGERS), S]. page_table: int32[S, P].
         seq_floats: float32[len(FLOATS), S].

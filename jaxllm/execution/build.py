@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxllm.config import EngineConfig
 from jaxllm.execution.memory import num_kv_pages
 from jaxllm.execution.platform import Platform
+from jaxllm.execution.pooling import PoolingRunner
 from jaxllm.execution.runner import Runner
 from jaxllm.layers.attention import choose_backend
 from jaxllm.models.config import ModelConfig
@@ -45,7 +46,7 @@ def build_runner(
     decoder = Decoder(model, form)
     specs = decoder.parameter_specs()
     num_pages = num_kv_pages(config, model, form.dtype, specs, device)
-    runner = Runner(
+    runner = (Runner if model.pooler is None else PoolingRunner)(
         decoder,
         _abstract_parameters(specs, form),
         num_pages=num_pages,

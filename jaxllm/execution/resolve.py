@@ -58,9 +58,10 @@ def resolve(config: EngineConfig, model: ModelConfig, platform: Platform) -> Eng
     budget = config.max_num_batched_tokens
     default_max_num_seqs = min(platform.default_max_num_seqs, budget or platform.default_max_num_seqs)
     max_num_seqs = config.max_num_seqs or default_max_num_seqs
+    chunked_prefill = config.enable_chunked_prefill and not model.bidirectional
     if budget is None:
         budget = max(min(platform.default_max_num_batched_tokens, max_model_len * max_num_seqs), max_num_seqs)
-        if not config.enable_chunked_prefill:
+        if not chunked_prefill:
             budget = max(budget, max_model_len)
     if budget < max_num_seqs:
         raise ConfigError(
@@ -68,10 +69,11 @@ def resolve(config: EngineConfig, model: ModelConfig, platform: Platform) -> Eng
             "running request could get a token in a step. Raise the one or lower the other.",
             param="max_num_batched_tokens",
         )
-    if not config.enable_chunked_prefill and budget < max_model_len:
+    if not chunked_prefill and budget < max_model_len:
+        remedy = "lower max_model_len" if model.bidirectional else "leave enable_chunked_prefill on"
         raise ConfigError(
             f"max_num_batched_tokens={budget} is less than max_model_len={max_model_len}, and without "
-            "chunked prefill a prompt is computed in one step. Raise it, or leave enable_chunked_prefill on.",
+            f"chunked prefill a prompt is computed in one step. Raise it, or {remedy}.",
             param="max_num_batched_tokens",
         )
     prefix_caching = config.enable_prefix_caching
@@ -80,12 +82,23 @@ def resolve(config: EngineConfig, model: ModelConfig, platform: Platform) -> Eng
             "prefix caching is off: with dynamic rope scaling keys depend on the length of the prompt"
         )
         prefix_caching = False
+    if model.bidirectional:
+        # What a token becomes depends on those behind it: no prefix can be reused, and no chunk be first.
+        prefix_caching = False
+        if config.long_prefill_token_threshold:
+            raise ConfigError(
+                f"long_prefill_token_threshold={config.long_prefill_token_threshold}: {model.architecture} "
+                "computes every prompt in one step; leave it out.",
+                param="long_prefill_token_threshold",
+            )
     return replace(
         config,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,
         enable_prefix_caching=prefix_caching,
+        enable_chunked_prefill=chunked_prefill,
+        runner="generate" if model.pooler is None else "pooling",
         dtype=resolve_dtype(config.dtype, model, platform),
     )
 

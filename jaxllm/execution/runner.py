@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -118,19 +118,43 @@ class Runner:
         cache_shape = (model.num_layers, num_pages, page_size, 2 * model.num_kv_heads, model.head_dim)
         self._abstract_params = abstract_params
         self._abstract_cache = jax.ShapeDtypeStruct(cache_shape, decoder.form.dtype)
-        self._create_state = functools.partial(SamplerState.create, max_num_seqs, model.vocab_size)
+        self._create_state = self._state_factory(max_num_seqs)
         self._slots = SlotTable(max_num_seqs, pages_per_seq, model.vocab_size)
-        shapes = step_shapes(max_num_seqs, max_num_batched_tokens, pages_per_seq)
+        shapes = self._shapes(step_shapes(max_num_seqs, max_num_batched_tokens, pages_per_seq))
         self.compiler = StepCompiler(self._compile, shapes, complete=compile_all)
 
-    def _compile(self, shape: StepShape) -> Any:
-        run = functools.partial(
+    # What a runner of another kind of model has otherwise
+
+    def _shapes(self, shapes: list[StepShape]) -> list[StepShape]:
+        """Those of all shapes that are needed."""
+        return shapes
+
+    def _step(self, shape: StepShape) -> Callable[..., Any]:
+        """The function that a shape's executable computes."""
+        return functools.partial(
             step,
             decoder=self._decoder,
             shape=shape,
             num_logprobs=self._num_logprobs,
             logprobs_mode=self._logprobs_mode,
         )
+
+    def _state_factory(self, max_num_seqs: int) -> Callable[[], Any]:
+        """What makes the state that steps hand on to one another."""
+        return functools.partial(SamplerState.create, max_num_seqs, self._decoder.config.vocab_size)
+
+    def _warm_up(self) -> None:
+        """Compiles what runs beside the steps."""
+        self._slots.warm_up(self._state)
+
+    def _pending(
+        self, plan: Plan, shape: StepShape, output: Any, wants_logprobs: bool, prompt_rows: dict[int, int]
+    ) -> PendingResult:
+        """What waits for a step's output."""
+        return PendingResult(plan, shape, output, wants_logprobs, prompt_rows)
+
+    def _compile(self, shape: StepShape) -> Any:
+        run = self._step(shape)
         # A float32 model is computed in float32: by default a GPU would take TF32, and a TPU bfloat16.
         precision = "highest" if self._decoder.form.dtype == jnp.float32 else "default"
         with jax.default_matmul_precision(precision):
@@ -148,7 +172,7 @@ class Runner:
         self._params = params
         self._kv_pages = jnp.zeros(self._abstract_cache.shape, self._abstract_cache.dtype)
         self._state = self._create_state()
-        self._slots.warm_up(self._state)
+        self._warm_up()
         self.compiler.wait(progress)
 
     def execute(self, plan: Plan) -> PendingResult:
@@ -167,7 +191,7 @@ class Runner:
         self._kv_pages, self._state, output = run(
             self._params, self._kv_pages, self._state, batch.integers, batch.floats
         )
-        return PendingResult(plan, shape, output, wants_logprobs, prompt_rows)
+        return self._pending(plan, shape, output, wants_logprobs, prompt_rows)
 
     def _pack(
         self, scheduled: Sequence[ScheduledRequest], shape: StepShape, reports_prompt: list[bool]
@@ -190,6 +214,9 @@ class Runner:
                 targets = request.prompt_token_ids[start + 1 : end + 1]
                 batch.targets[first : first + len(targets)] = targets
                 prompt_rows[row] = first
+            if request.token_type_ids is not None:
+                types = request.token_type_ids[start:end]
+                batch.targets[starts[-1] : starts[-1] + num_tokens] = types
             wants_logprobs |= request.sampling_params.logprobs is not None
             starts.append(starts[-1] + num_tokens)
             lengths.append(end)

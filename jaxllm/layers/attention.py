@@ -30,12 +30,14 @@ class AttentionInputs:
         seq_lens: int32[S].
         query_starts: int32[S + 1].
         rotation: cosines and sines of each token, None where positions are learned.
+        span_ends: int32[T], how far each token also sees ahead; None where attention is causal.
     """
 
     page_table: jax.Array
     seq_lens: jax.Array
     query_starts: jax.Array
     rotation: tuple[jax.Array, jax.Array] | None
+    span_ends: jax.Array | None = None
 
 
 def choose_backend(requested: str | None, platform: str) -> Backend:
@@ -135,6 +137,7 @@ class Attention(nnx.Module):
             inputs.query_starts,
             scale=self.scale,
             window=window,
+            span_ends=inputs.span_ends,
             decode_only=decode_only,
             backend=self.backend,
         )

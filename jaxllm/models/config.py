@@ -36,8 +36,33 @@ class RopeConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class Pooler:
+    """What a pooling model makes of the hidden states after its last layer.
+
+    Attributes:
+        pooling: which of them stands for a sequence: that of its last token, that of its first, or
+            the mean over all.
+        dense: a square layer with tanh that follows (BERT's pooler, RoBERTa's classification head).
+        labels: names of the classes that a linear layer scores; empty for a model that embeds.
+        classifier_bias: whether that layer has a bias.
+        activation: of scores, where a request does not say otherwise.
+        normalize: whether embeddings have length 1, where a request does not say otherwise.
+        matryoshka: whether an embedding may be cut to fewer dimensions (Kusupati et al. 2022), and to
+            which; an empty tuple is any.
+    """
+
+    pooling: Literal["last", "first", "mean"] = "last"
+    dense: bool = False
+    labels: tuple[str, ...] = ()
+    classifier_bias: bool = False
+    activation: Literal["softmax", "sigmoid", "identity"] = "softmax"
+    normalize: bool = True
+    matryoshka: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """Architecture of a decoder-only transformer.
+    """Architecture of a transformer: a decoder, or an encoder of the same data flow.
 
     Families differ in these values and nowhere else: `jaxllm.models.families` translates a
     Hugging Face `config.json` into one of these, and the decoder reads nothing else.
@@ -56,6 +81,10 @@ class ModelConfig:
         layer_windows: sliding attention window of each layer in tokens (a query sees itself and
             the window - 1 positions before it); None is full attention.
         final_norm: whether a norm follows the last layer.
+        bidirectional: whether every token sees the whole sequence (BERT), not only what precedes it.
+        num_token_types: rows of the table of token types ("segments"), 0 where there is none.
+        embedding_norm: whether a norm follows the embeddings.
+        pooler: what becomes of the hidden states in a pooling model; None where the model generates.
         dtype: what the checkpoint's config says its weights are.
     """
 
@@ -85,6 +114,10 @@ class ModelConfig:
     layer_windows: tuple[int | None, ...] = ()
     tie_word_embeddings: bool = False
     final_norm: bool = True
+    bidirectional: bool = False
+    num_token_types: int = 0
+    embedding_norm: bool = False
+    pooler: Pooler | None = None
     dtype: str = "float32"
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()

@@ -17,6 +17,7 @@ from jaxllm.layers.embedding import Embedding
 from jaxllm.layers.linear import Linear, OneOfLayers
 from jaxllm.layers.mlp import MLP
 from jaxllm.layers.norm import hidden_norm
+from jaxllm.layers.pooler import PoolerHead
 from jaxllm.layers.rope import rotation_table
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.parameters import ParameterSpec
@@ -51,6 +52,7 @@ class TokenInputs:
         positions: int32[T].
         rope_lengths: int32[T], see `rotation_table`.
         page_table, seq_lens, query_starts: see `ragged_paged_attention`.
+        token_types: int32[T], of models that have them; None is type 0 throughout.
     """
 
     token_ids: jax.Array
@@ -59,6 +61,7 @@ class TokenInputs:
     page_table: jax.Array
     seq_lens: jax.Array
     query_starts: jax.Array
+    token_types: jax.Array | None = None
 
 
 class DecoderLayer(nnx.Module):
@@ -103,29 +106,43 @@ class Trunk(nnx.Module):
             if config.num_learned_positions
             else None
         )
+        types = config.num_token_types
+        self.type_embed = Embedding(types, hidden, None, form.dtype) if types else None
+        self.embed_norm = (
+            hidden_norm(config, form.dtype, form.feature_major) if config.embedding_norm else None
+        )
         projected = width != hidden
         self.embed_in = linear((hidden,), (width,), ("embed",), (None,)) if projected else None
         self.embed_out = linear((width,), (hidden,), (None,), ("embed",)) if projected else None
         self.final_norm = hidden_norm(config, form.dtype, form.feature_major) if config.final_norm else None
-        tied = config.tie_word_embeddings
-        self.lm_head = None if tied else Embedding(config.vocab_size, width, "vocab", form.dtype)
+        headless = config.tie_word_embeddings or config.pooler is not None
+        self.lm_head = None if headless else Embedding(config.vocab_size, width, "vocab", form.dtype)
+        self.pooler = None if config.pooler is None else PoolerHead(config, config.pooler, form.dtype)
         self.feature_major = form.feature_major
         self.position_offset = config.learned_position_offset
 
-    def embed_tokens(self, token_ids: jax.Array, positions: jax.Array) -> jax.Array:
+    def embed_tokens(
+        self, token_ids: jax.Array, positions: jax.Array, token_types: jax.Array | None
+    ) -> jax.Array:
         x = self.embed(token_ids, self.feature_major)
         if self.embed_in is not None:
             x = self.embed_in(x)
         if self.position_embed is not None:
             x = x + self.position_embed(positions + self.position_offset, self.feature_major)
-        return x
+        if self.type_embed is not None:
+            types = jnp.zeros_like(token_ids) if token_types is None else token_types
+            x = x + self.type_embed(types, self.feature_major)
+        return x if self.embed_norm is None else self.embed_norm(x)
+
+    def finish(self, x: jax.Array) -> jax.Array:
+        """What follows the last layer and precedes any head."""
+        if self.final_norm is not None:
+            x = self.final_norm(x)
+        return x if self.embed_out is None else self.embed_out(x)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Hidden states of some rows to float32 logits [rows, vocabulary]."""
-        if self.final_norm is not None:
-            x = self.final_norm(x)
-        if self.embed_out is not None:
-            x = self.embed_out(x)
+        x = self.finish(x)
         head = self.embed if self.lm_head is None else self.lm_head
         return head.logits(x, self.feature_major)
 
@@ -162,8 +179,9 @@ class Decoder:
             inputs.seq_lens,
             inputs.query_starts,
             None if rope is None else rotation_table(rope, inputs.positions, inputs.rope_lengths),
+            self._span_ends(inputs) if self.config.bidirectional and not decode_only else None,
         )
-        x = trunk.embed_tokens(inputs.token_ids, inputs.positions)
+        x = trunk.embed_tokens(inputs.token_ids, inputs.positions, inputs.token_types)
         for first, last, window in _groups_of_like_layers(self.config):
             run = self._scan_layers if self.form.stack_layers else self._loop_over_layers
             x, kv_pages = run(params, x, kv_pages, attention_inputs, first, last, window, decode_only)
@@ -172,6 +190,22 @@ class Decoder:
     def logits(self, params: dict[str, Any], hidden: jax.Array, rows: jax.Array) -> jax.Array:
         """float32[rows, vocabulary] for the tokens at `rows` int32[rows] of the hidden states."""
         return self._trunk_of(params).logits(jnp.take(hidden, rows, axis=1 if self.form.feature_major else 0))
+
+    def features(self, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
+        """float32[T, D] of every token, as Hugging Face's `last_hidden_state`."""
+        x = self._trunk_of(params).finish(hidden)
+        return (x.T if self.form.feature_major else x).astype(jnp.float32)
+
+    def pool(self, params: dict[str, Any], x: jax.Array) -> jax.Array:
+        """Features float32[rows, D] through the pooler's layers: float32[rows, D or labels]."""
+        return self._trunk_of(params).pooler(x)  # type: ignore[misc]
+
+    @staticmethod
+    def _span_ends(inputs: TokenInputs) -> jax.Array:
+        """int32[T]: for each token the length of its sequence, all of which it sees."""
+        rows = jnp.arange(inputs.token_ids.shape[0])
+        sequence = jnp.sum(inputs.query_starts[None, 1:] <= rows[:, None], axis=1)
+        return inputs.seq_lens[jnp.minimum(sequence, inputs.seq_lens.shape[0] - 1)]
 
     def _trunk_of(self, params: dict[str, Any]) -> Trunk:
         return _merge(self._trunk, self._trunk_params, params)

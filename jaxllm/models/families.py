@@ -7,14 +7,16 @@ of its tensors in `jaxllm.models.tables`, and an entry in `FAMILIES`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jaxllm.errors import ConfigError, UnsupportedModelError
 from jaxllm.models.config import Activation, ModelConfig
+from jaxllm.models.encoders import BERT_DEFAULTS, ROBERTA_DEFAULTS, bert_config
 from jaxllm.models.fields import ConfigFields
+from jaxllm.models.pooler_fields import read_pooler
 from jaxllm.models.rope_fields import read_rope, served_positions
-from jaxllm.models.tables import CheckpointTable, gpt2_table, llama_table, opt_table
+from jaxllm.models.tables import CheckpointTable, bert_table, gpt2_table, llama_table, opt_table
 
 _ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
@@ -63,24 +65,41 @@ def translate_config(
     """
     values = {**hf_config, **(hf_overrides or {})}
     architecture = _architecture(values)
-    family = FAMILIES[architecture]
+    family = family_of(architecture)
     values = {family.aliases.get(name, name): value for name, value in values.items()}
     # A null is a value: `"eos_token_id": null` means that there is none, not the default.
     config = family.translate(fields := ConfigFields({**family.defaults, **values}, architecture))
+    config = replace(config, pooler=read_pooler(fields, config))
     fields.finish()
     return config
 
 
 def checkpoint_table(config: ModelConfig) -> CheckpointTable:
     """Where each parameter of the model is found in a Hugging Face checkpoint of its family."""
-    return FAMILIES[config.architecture].table(config)
+    return family_of(config.architecture).table(config)
+
+
+def family_of(architecture: str) -> Family:
+    """The family of an architecture; a decoder's covers its bare model and its sequence classifier."""
+    return FAMILIES[_generating(architecture)]
+
+
+def _generating(architecture: str) -> str:
+    """The name under which FAMILIES has an architecture, where it has it."""
+    for ending in ("Model", "ForSequenceClassification"):
+        stem = architecture.removesuffix(ending)
+        if stem != architecture and architecture not in FAMILIES:
+            for generating in ("ForCausalLM", "LMHeadModel"):
+                if stem + generating in FAMILIES:
+                    return stem + generating
+    return architecture
 
 
 def _architecture(values: Mapping[str, Any]) -> str:
     architectures = values.get("architectures")
     names = architectures if isinstance(architectures, list) else []
     for name in names:
-        if isinstance(name, str) and name in FAMILIES:
+        if isinstance(name, str) and _generating(name) in FAMILIES:
             return name
     what = f"architectures={architectures!r}" if architectures else "no 'architectures'"
     raise UnsupportedModelError(
@@ -220,6 +239,14 @@ def _gpt2(fields: ConfigFields) -> ModelConfig:
     )
 
 
+def _bert(fields: ConfigFields) -> ModelConfig:
+    return bert_config(fields, _common(fields), _ACTIVATIONS, roberta=False)
+
+
+def _roberta(fields: ConfigFields) -> ModelConfig:
+    return bert_config(fields, _common(fields), _ACTIVATIONS, roberta=True)
+
+
 def _no_windows(fields: ConfigFields, num_layers: int) -> tuple[int | None, ...]:
     return (None,) * num_layers
 
@@ -304,4 +331,10 @@ FAMILIES: Mapping[str, Family] = {
             "n_positions": "max_position_embeddings",
         },
     ),
+    "BertModel": Family(_bert, bert_table, BERT_DEFAULTS),
+    "BertForSequenceClassification": Family(_bert, bert_table, BERT_DEFAULTS),
+    "RobertaModel": Family(_roberta, bert_table, ROBERTA_DEFAULTS),
+    "RobertaForSequenceClassification": Family(_roberta, bert_table, ROBERTA_DEFAULTS),
+    "XLMRobertaModel": Family(_roberta, bert_table, ROBERTA_DEFAULTS),
+    "XLMRobertaForSequenceClassification": Family(_roberta, bert_table, ROBERTA_DEFAULTS),
 }

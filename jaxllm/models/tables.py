@@ -1,8 +1,9 @@
 """Where each parameter is found in a checkpoint: tables of names and axis patterns.
 
 A pattern such as `(k g h) d -> k g h d` says how the axes of a tensor on disk lie in a parameter
-of ours: `k` KV heads, `g` queries per KV head, `h` head_dim, `d` hidden size, `e` embedding width,
-`f` MLP width, `v` vocabulary, `n` learned positions; digits stand for themselves.
+of ours: `k` KV heads, `g` queries per KV head, `h` head_dim, `d` hidden size (`c` too, where both
+sides have it), `e` embedding width, `f` MLP width, `v` vocabulary, `n` learned positions, `t` token
+types, `l` labels; digits stand for themselves.
 """
 
 from __future__ import annotations
@@ -70,10 +71,13 @@ class _TableBuilder:
             "g": groups,
             "h": config.head_dim,
             "d": config.hidden_size,
+            "c": config.hidden_size,
             "e": config.embedding_dim,
             "f": config.intermediate_size,
             "v": config.vocab_size,
             "n": config.num_learned_positions,
+            "t": config.num_token_types,
+            "l": 0 if config.pooler is None else len(config.pooler.labels),
         }
         self.pieces: list[Piece] = []
 
@@ -189,6 +193,44 @@ def gpt2_table(config: ModelConfig) -> CheckpointTable:
     )
 
 
+def bert_table(config: ModelConfig) -> CheckpointTable:
+    """BERT, RoBERTa and XLM-RoBERTa, each KV head with one query: `k` counts all heads."""
+    table, layer = _TableBuilder(config), "encoder.layer.{layer}"
+    for name, parameter, rows in (
+        ("word_embeddings", "embed", "v"),
+        ("position_embeddings", "position_embed", "n"),
+        ("token_type_embeddings", "type_embed", "t"),
+    ):
+        table.add(f"embeddings.{name}.weight", f"{parameter}.weight", f"{rows} d")
+    table.linear("embeddings.LayerNorm", "embed_norm", "d", "d")
+    for name, part in (("query", 0), ("key", table.key), ("value", table.value)):
+        table.linear(
+            f"{layer}.attention.self.{name}",
+            "layers.attention.qkv",
+            "(k h) d -> k h d",
+            "(k h) -> k h",
+            (slice(None), part),
+        )
+    table.linear(f"{layer}.attention.output.dense", "layers.attention.output", "d (k g h) -> d k g h", "d")
+    table.linear(f"{layer}.attention.output.LayerNorm", "layers.attention_norm", "d", "d")
+    table.linear(f"{layer}.intermediate.dense", "layers.mlp.up", "f d", "f")
+    table.linear(f"{layer}.output.dense", "layers.mlp.down", "d f", "d")
+    table.linear(f"{layer}.output.LayerNorm", "layers.mlp_norm", "d", "d")
+    # What a model was trained with besides: position numbers as a buffer, heads that nothing reads.
+    ignored = [r"embeddings\.(position|token_type)_ids", r"(cls|lm_head)\..*"]
+    pooler = config.pooler
+    if pooler is not None and pooler.labels:
+        roberta = "Roberta" in config.architecture
+        dense, scores = (
+            ("classifier.dense", "classifier.out_proj") if roberta else ("pooler.dense", "classifier")
+        )
+        table.linear(dense, "pooler.dense", "c d", "d")
+        table.linear(scores, "pooler.classifier", "l d", "l")
+    else:
+        ignored.append(r"pooler\.dense\.(weight|bias)")
+    return CheckpointTable(tuple(table.pieces), ("bert.", "roberta."), tuple(ignored))
+
+
 def _finish(
     table: _TableBuilder,
     config: ModelConfig,
@@ -197,6 +239,12 @@ def _finish(
     embedding: str,
     ignored: tuple[str, ...] = (),
 ) -> CheckpointTable:
+    if config.pooler is not None:
+        if config.pooler.labels:
+            bias = "l" if config.pooler.classifier_bias else None
+            table.linear("score", "pooler.classifier", "l d", bias)
+        # A model that generates may be run as one that embeds; nothing reads its output head then.
+        return CheckpointTable(tuple(table.pieces), prefixes, (*ignored, r"lm_head\.weight"))
     if not config.tie_word_embeddings:
         table.add("lm_head.weight", "lm_head.weight", "v e")
     return CheckpointTable(

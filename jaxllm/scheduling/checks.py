@@ -71,10 +71,14 @@ def check_request(request: Request, config: SchedulerConfig, *, taken: bool) -> 
             "make a new one."
         )
     num_prompt_tokens, limit = request.num_prompt_tokens, config.max_model_len
+    if request.pooling_params is not None:
+        # What it is for takes no place: as if a token followed that is never computed.
+        limit += 1
     if not 1 <= num_prompt_tokens < limit:
         raise InvalidRequestError(
             f"The prompt has {num_prompt_tokens} tokens; from 1 to {limit - 1} are allowed, as "
-            f"max_model_len is {limit} and one token has to be generated.",
+            f"max_model_len is {config.max_model_len}"
+            + (" and one token has to be generated." if request.pooling_params is None else "."),
             param="prompt",
         )
     if request.max_tokens < 1:
@@ -109,7 +113,7 @@ def check_result(plan: Plan, result: StepResult) -> None:
             f"{len(result.logprobs)} of logprobs"
         )
     for entry, token_ids in zip(plan.scheduled, result.token_ids, strict=True):
-        if entry.samples and not token_ids:
+        if entry.samples and not token_ids and entry.request.pooling_params is None:
             raise ValueError(f"plan {plan.step_id} samples {entry.request.request_id!r}, its result does not")
 
 

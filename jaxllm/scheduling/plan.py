@@ -72,21 +72,27 @@ class StepResult:
             the request did not ask.
         prompt_logprobs: for requests that asked, by row: entries for the prompt positions
             `start + 1 ...` that this step's logits predict, in order.
+        pooled: for requests of a pooling model, by row: float32[D] where the prompt is complete, or
+            float32[num_tokens, D] of the tokens that this step computed.
     """
 
     token_ids: list[list[int]]
     logprobs: list[list[TokenLogprobs] | None]
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+    pooled: dict[int, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
 class RequestUpdate:
     """What one applied step changed for one request; `Scheduler.apply` returns a list of these.
 
-    `request.status` says whether it finished. `new_token_ids` holds what was appended to it.
+    `request.status` says whether it finished. `new_token_ids` holds what was appended to it, `pooled` what
+    a pooling model made of it, or of its tokens from position `pooled_start` on.
     """
 
     request: Request
     new_token_ids: list[int]
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
+    pooled: np.ndarray | None = None
+    pooled_start: int = 0

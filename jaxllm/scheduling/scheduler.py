@@ -424,6 +424,14 @@ class Scheduler:
         for row, (sequence, entry) in enumerate(zip(sequences, plan.scheduled, strict=True)):
             if sequence.finished:
                 continue
+            if entry.request.pooling_params is not None:
+                if entry.samples:
+                    entry.request.num_pending_tokens -= 1
+                    self._finish(sequence, RequestStatus.FINISHED_STOPPED, None)
+                update = RequestUpdate(entry.request, [])
+                update.pooled, update.pooled_start = result.pooled.get(row), entry.start
+                updates.append(update)
+                continue
             new_token_ids = self._append(sequence, result.token_ids[row]) if entry.samples else []
             prompt_logprobs = sequence.new_prompt_logprobs(entry.start, result.prompt_logprobs.get(row))
             if new_token_ids or prompt_logprobs:

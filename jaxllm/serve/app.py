@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import orjson
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -31,26 +31,23 @@ from jaxllm.serve.errors import (
     error_response,
     response_of,
 )
-from jaxllm.serve.metrics import make_registry
 from jaxllm.serve.middleware import APIKeys, RequestGate, RequestIdHeader
 from jaxllm.serve.parsing import OutputParsers
 from jaxllm.serve.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
-    DetokenizeRequest,
-    TokenizeRequest,
+)
+from jaxllm.serve.routes import (
+    add_dev_routes,
+    add_operator_routes,
+    add_pooling_routes,
+    add_profile_routes,
+    add_tokenizer_routes,
 )
 from jaxllm.serve.state import ServerState
 from jaxllm.serve.streaming import log_unexpected
 
 logger = logging.getLogger(__name__)
-
-_BODIES: dict[str, type[Body]] = {
-    "/v1/completions": CompletionRequest,
-    "/v1/chat/completions": ChatCompletionRequest,
-    "/tokenize": TokenizeRequest,
-    "/detokenize": DetokenizeRequest,
-}
 
 
 def served_names(model: str, config: ServerConfig) -> tuple[str, ...]:
@@ -100,8 +97,13 @@ def build_app(
     )
     app.state.server = state
     _add_generation_routes(app, state)
-    _add_tokenizer_routes(app, state)
-    _add_operator_routes(app, state)
+    add_pooling_routes(app, state)
+    add_tokenizer_routes(app, state)
+    add_operator_routes(app, state)
+    if config.profile_dir is not None:
+        add_profile_routes(app, state, config.profile_dir)
+    if config.enable_dev_routes:
+        add_dev_routes(app, state)
     _add_error_handlers(app)
     # The last one added is the outermost.
     app.add_middleware(RequestGate, state=state)
@@ -156,70 +158,10 @@ def _model_card(state: ServerState, name: str, created: int) -> dict[str, Any]:
     }
 
 
-def _add_tokenizer_routes(app: FastAPI, state: ServerState) -> None:
-    def token_ids_of(body: TokenizeRequest) -> list[int]:
-        if body.prompt is not None:
-            return state.tokenize(body.prompt, add_special_tokens=body.add_special_tokens is not False)
-        assert body.messages is not None
-        text = state.render_chat(
-            body.messages,
-            chat_template=body.chat_template,
-            add_generation_prompt=body.add_generation_prompt,
-            continue_final_message=body.continue_final_message,
-            chat_template_kwargs=body.chat_template_kwargs,
-        )
-        return state.tokenize(text, add_special_tokens=body.add_special_tokens is True)
-
-    @app.post("/tokenize")
-    async def tokenize(body: TokenizeRequest) -> Response:
-        state.check_model(body.model)
-        ids = await state.engine.run_in_thread(token_ids_of, body)
-        names = state.tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None
-        return _json(
-            {"count": len(ids), "max_model_len": state.max_model_len, "tokens": ids, "token_strs": names}
-        )
-
-    @app.post("/detokenize")
-    async def detokenize(body: DetokenizeRequest) -> Response:
-        state.check_model(body.model)
-        state.check_token_ids("tokens", body.tokens)
-        return _json({"prompt": await state.engine.run_in_thread(state.tokenizer.decode, body.tokens)})
-
-
-def _add_operator_routes(app: FastAPI, state: ServerState) -> None:
-    @app.get("/health")
-    async def health() -> Response:
-        if state.engine.is_dead:
-            error = state.engine.error
-            return error_response(503, f"The engine stopped after an error: {type(error).__name__}: {error}")
-        if state.engine.is_draining:
-            return error_response(503, "The server is shutting down.")
-        return Response(status_code=200)
-
-    for method in ("GET", "POST"):
-        app.add_api_route("/ping", health, methods=[method], name=f"ping_{method.lower()}")
-
-    @app.get("/version")
-    async def version() -> Response:
-        return _json({"version": jaxllm.__version__})
-
-    @app.get("/load")
-    async def load() -> Response:
-        return _json({"server_load": state.requests_in_progress})
-
-    registry = make_registry(state.engine, state.model_names[0])
-
-    @app.get("/metrics")
-    async def metrics() -> Response:
-        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
-
-
 def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def on_invalid_body(request: Request, error: RequestValidationError) -> Response:
-        body = _BODIES.get(request.scope["route"].path)
-        fields = list(body.model_fields) if body else []
-        message, param = describe_validation(error.errors(), fields)
+        message, param = describe_validation(error.errors(), _fields_of(request))
         return error_response(400, message, param)
 
     @app.exception_handler(Refusal)
@@ -243,6 +185,13 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     for kind in (JaxLLMError, NotFoundError, GenerationError, Exception):
         app.add_exception_handler(kind, on_error)
+
+
+def _fields_of(request: Request) -> list[str]:
+    """The names that the body of a request's route may hold."""
+    hints = typing.get_type_hints(request.scope["route"].endpoint)
+    bodies = [hint for hint in hints.values() if isinstance(hint, type) and issubclass(hint, Body)]
+    return [name for body in bodies for name in body.model_fields]
 
 
 def _json(data: Any) -> Response:

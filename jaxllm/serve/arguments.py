@@ -44,6 +44,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "disable_uvicorn_access_log",
         "enable_log_requests",
         "max_log_len",
+        "enable_tokenizer_info_endpoint",
+        "enable_dev_routes",
+        "profile_dir",
         "shutdown_timeout",
     ),
     "API": (
@@ -62,6 +65,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "enable_force_include_usage",
     ),
     "model": (
+        "runner",
+        "convert",
+        "pooler_config",
         "tokenizer",
         "skip_tokenizer_init",
         "trust_remote_code",

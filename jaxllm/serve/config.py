@@ -34,6 +34,12 @@ class ServerConfig:
         enable_force_include_usage: send usage in every stream.
         enable_log_requests: log each request's prompt and parameters.
         max_log_len: characters of a prompt that are logged; all of them unless given.
+        enable_tokenizer_info_endpoint: serve /tokenizer_info, which shows the tokenizer's settings and the
+            chat template.
+        enable_dev_routes: serve /server_info and /reset_prefix_cache, which show and change
+            the engine itself; not for the open internet.
+        profile_dir: directory for what the JAX profiler records between /start_profile and /stop_profile;
+            without it there are no such routes.
         shutdown_timeout: seconds that running requests get to finish after Ctrl-C or SIGTERM.
     """
 
@@ -68,4 +74,7 @@ class ServerConfig:
     enable_force_include_usage: bool = False
     enable_log_requests: bool = False
     max_log_len: int | None = None
+    enable_tokenizer_info_endpoint: bool = False
+    enable_dev_routes: bool = False
+    profile_dir: str | None = None
     shutdown_timeout: float = 30.0

@@ -14,6 +14,28 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from jaxllm.serve.errors import error_response
 from jaxllm.serve.state import ServerState
 
+# Routes that put the engine to work.
+WORK = frozenset(
+    {
+        "/v1/completions",
+        "/v1/chat/completions",
+        "/v1/responses",
+        "/v1/messages",
+        "/v1/embeddings",
+        "/pooling",
+        "/classify",
+        "/score",
+        "/v1/score",
+        "/rerank",
+        "/v1/rerank",
+        "/v2/rerank",
+    }
+)
+# Routes that show or change the server itself.
+OPERATION = frozenset(
+    {"/server_info", "/reset_prefix_cache", "/start_profile", "/stop_profile", "/tokenizer_info"}
+)
+
 
 def path_of(scope: Scope) -> str:
     """The path of a request without the prefix under which a proxy serves it."""
@@ -25,7 +47,9 @@ def path_of(scope: Scope) -> str:
 
 
 class APIKeys:
-    """Refuses requests to /v1 that bring none of the keys."""
+    """Refuses requests that bring none of the keys, to /v1 and whatever else works or shows what it should
+    not.
+    """
 
     def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
         self._app = app
@@ -49,13 +73,13 @@ class APIKeys:
 
     @staticmethod
     def _guards(path: str) -> bool:
-        return path == "/v1" or path.startswith("/v1/")
+        return path in WORK or path in OPERATION or path == "/v1" or path.startswith("/v1/")
 
 
 class RequestGate:
     """Counts the generation requests in progress, and refuses new ones while the server drains."""
 
-    PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
+    PATHS = WORK
 
     def __init__(self, app: ASGIApp, state: ServerState) -> None:
         self._app = app

@@ -6,7 +6,7 @@ import logging
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.requests import Request as HTTPRequest
 
@@ -23,6 +23,12 @@ from jaxllm.text.chat_template import render_chat
 logger = logging.getLogger(__name__)
 
 MAX_REQUEST_ID = 256
+
+
+class Identified(Protocol):
+    """A body with an id, the client's own or a made-up one."""
+
+    request_id: str
 
 
 @dataclass(slots=True)
@@ -123,7 +129,7 @@ class ServerState:
                 f"Field '{name}' holds {wrong}: token ids of this model are in [0, {size - 1}].", param=name
             )
 
-    def public_id(self, prefix: str, body: GenerationRequest, http: HTTPRequest) -> str:
+    def public_id(self, prefix: str, body: Identified, http: HTTPRequest) -> str:
         """The id that the client sees: its own where it sent one."""
         own = http.headers.get("x-request-id")
         if own is not None and not 0 < len(own) <= MAX_REQUEST_ID:

@@ -1,0 +1,139 @@
+"""The step of a pooling model: hidden states pooled to vectors, where a generating model would sample."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm.execution.batch import StepShape, unpack
+from jaxllm.execution.runner import Runner
+from jaxllm.models.decoder import Decoder
+from jaxllm.scheduling.plan import Plan, StepResult
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PoolingState:
+    """What a prompt computed in chunks carries from one step to the next.
+
+    Attributes:
+        carried: float32[slots + 1, D], the sum of its features so far, or those of its first token; no
+            columns where the last token is all that counts.
+    """
+
+    carried: jax.Array
+
+
+class PoolingStepOutput(NamedTuple):
+    """What a step gives back to the host.
+
+    Attributes:
+        pooled: float32[S, D or labels]; of meaning only where the prompt is complete.
+        tokens: float32[T, D or labels], every token by itself; fetched only where somebody asks.
+    """
+
+    pooled: jax.Array
+    tokens: jax.Array
+
+
+def pooling_step(
+    params: dict[str, Any],
+    kv_pages: jax.Array,
+    state: PoolingState,
+    integers: jax.Array,
+    floats: jax.Array,
+    *,
+    decoder: Decoder,
+    shape: StepShape,
+) -> tuple[jax.Array, PoolingState, PoolingStepOutput]:
+    """Computes a packed batch. `kv_pages` and `state` are donated and returned updated.
+
+    Args:
+        integers, floats: see `HostBatch`, whose `targets` hold the tokens' types here.
+    """
+    # No token of a prompt is ever still on the device.
+    none_pending = jnp.zeros(state.carried.shape[0], jnp.int32)
+    batch = unpack(integers, floats, none_pending, shape)
+    tokens = replace(batch.tokens, token_types=batch.targets)
+    hidden, kv_pages = decoder(params, kv_pages, tokens, decode_only=shape.decode_only)
+    features = decoder.features(params, hidden)
+    pooler = decoder.config.pooler
+    assert pooler is not None
+
+    starts, ends, slots = tokens.query_starts[:-1], tokens.query_starts[1:], batch.sampling.slots
+    if pooler.pooling == "last":
+        vectors = features[batch.last_rows]
+    else:
+        begins = (tokens.seq_lens == ends - starts)[:, None]
+        before = jnp.where(begins, 0.0, state.carried[slots])
+        if pooler.pooling == "mean":
+            rows = jnp.arange(shape.num_tokens)
+            owner = (rows[None] >= starts[:, None]) & (rows[None] < ends[:, None])
+            # A sum over rows as a product; padding is finite, and belongs to nobody.
+            carried = before + jnp.matmul(
+                owner.astype(jnp.float32), features, precision=jax.lax.Precision.HIGHEST
+            )
+            vectors = carried / jnp.maximum(tokens.seq_lens, 1)[:, None]
+        else:
+            first = features[jnp.minimum(starts, shape.num_tokens - 1)]
+            vectors = carried = jnp.where(begins, first, before)
+        state = PoolingState(state.carried.at[slots].set(carried))
+    output = PoolingStepOutput(decoder.pool(params, vectors), decoder.pool(params, features))
+    return kv_pages, state, output
+
+
+class PendingPooling:
+    """A step that was launched; `result` waits for the device. Attributes are those of `PendingResult`."""
+
+    def __init__(self, plan: Plan, shape: StepShape, output: PoolingStepOutput) -> None:
+        self.shape = shape
+        self._plan = plan
+        self._output = output
+
+    def result(self) -> StepResult:
+        """The vectors of prompts that are complete, and those of tokens that somebody asked for."""
+        scheduled = self._plan.scheduled
+        result = StepResult([[] for _ in scheduled], [None] * len(scheduled))
+        pooled = tokens = None
+        row = 0
+        for index, entry in enumerate(scheduled):
+            params = entry.request.pooling_params
+            if params is not None and params.per_token:
+                tokens = np.asarray(self._output.tokens, np.float32) if tokens is None else tokens
+                result.pooled[index] = tokens[row : row + entry.num_tokens].copy()
+            elif entry.samples:
+                pooled = np.asarray(self._output.pooled, np.float32) if pooled is None else pooled
+                result.pooled[index] = pooled[index].copy()
+            row += entry.num_tokens
+        return result
+
+
+class PoolingRunner(Runner):
+    """Runs the plans of a pooling model."""
+
+    def _shapes(self, shapes: list[StepShape]) -> list[StepShape]:
+        # Prompts are all that there is.
+        return [shape for shape in shapes if not shape.decode_only]
+
+    def _step(self, shape: StepShape) -> Callable[..., Any]:
+        return functools.partial(pooling_step, decoder=self._decoder, shape=shape)
+
+    def _state_factory(self, max_num_seqs: int) -> Callable[[], Any]:
+        model = self._decoder.config
+        carries = model.pooler is not None and model.pooler.pooling != "last"
+        shape = (max_num_seqs + 1, model.hidden_size if carries else 0)
+        return lambda: PoolingState(jnp.zeros(shape, jnp.float32))
+
+    def _warm_up(self) -> None:
+        pass  # There are no sampling parameters to write.
+
+    def _pending(
+        self, plan: Plan, shape: StepShape, output: Any, wants_logprobs: bool, prompt_rows: dict[int, int]
+    ) -> Any:
+        return PendingPooling(plan, shape, output)

@@ -1,0 +1,52 @@
+"""Routes that are there only where a flag asks for them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from jaxllm.serve.config import ServerConfig
+from tests.serve.conftest import Api, serving
+from tests.serve.fake_engine import demo_tokenizer
+
+ROUTES = [
+    ("GET", "/tokenizer_info"),
+    ("GET", "/server_info"),
+    ("POST", "/reset_prefix_cache"),
+    ("POST", "/start_profile"),
+    ("POST", "/stop_profile"),
+]
+
+
+@pytest.mark.parametrize(("method", "path"), ROUTES)
+def test_without_their_flags_they_are_not_there(api: Api, method: str, path: str) -> None:
+    assert api.request(method, path).status_code == 404
+
+
+def test_with_them_they_are_and_want_a_key(tmp_path: Path) -> None:
+    config = ServerConfig(
+        enable_tokenizer_info_endpoint=True,
+        enable_dev_routes=True,
+        profile_dir=str(tmp_path),
+        api_key=("secret",),
+    )
+    with serving(config) as api:
+        profiled = []
+        api.fake.start_profile = profiled.append  # type: ignore[attr-defined]
+        api.fake.stop_profile = lambda: profiled.append("stop")  # type: ignore[attr-defined]
+        key = {"Authorization": "Bearer secret"}
+        for method, path in ROUTES:
+            assert api.request(method, path).status_code == 401
+            assert api.request(method, path, headers=key).status_code == 200
+        assert profiled == [str(tmp_path), "stop"]
+        assert api.request("POST", "/reset_prefix_cache", headers=key).json() == {"success": True}
+        assert api.fake.resets == 2
+        info = api.get("/tokenizer_info", headers=key).json()
+        assert info["tokenizer_class"] == type(demo_tokenizer()).__name__
+        assert info["chat_template"] == demo_tokenizer().chat_template
+        shown = api.get("/server_info", headers=key)
+        assert shown.json()["engine_config"]["model"] == "demo"
+        assert "secret" not in shown.text
+        for path in ("/pooling", "/classify", "/score", "/rerank"):
+            assert api.post(path, {}).status_code == 401
