@@ -75,7 +75,7 @@ class PoolingMethods:
             )
         each = as_prompt_list(prompts)
         given = pooling_params if pooling_params is not None else PoolingParams()
-        params = list(given) if isinstance(given, list | tuple) else [given] * len(each)
+        params: list[PoolingParams] = [given] * len(each) if isinstance(given, PoolingParams) else list(given)
         if len(params) != len(each):
             raise InvalidRequestError(
                 f"pooling_params has {len(params)} entries for {len(each)} prompts; give one for each, or "

@@ -140,7 +140,7 @@ def _check_token_types(types: list[int], num_tokens: int, num_types: int) -> Non
 
 class PoolingProcessor:
     """Collects what steps bring for each pooling request; stands where a generating engine has its
-    `OutputProcessor`.
+    `OutputProcessor`. Its outputs are `PoolingRequestOutput[PoolingOutput]`.
     """
 
     def __init__(self, model: ModelConfig) -> None:
@@ -173,9 +173,7 @@ class PoolingProcessor:
         self._requests[request_id] = requests[0]
         self._parts[request_id] = []
 
-    def process(
-        self, updates: Sequence[RequestUpdate], now: float
-    ) -> tuple[list[PoolingRequestOutput[PoolingOutput]], list[Any]]:
+    def process(self, updates: Sequence[RequestUpdate], now: float) -> tuple[list[Any], list[Any]]:
         """What users get after a step; nothing is ever stopped by its text."""
         outputs = []
         for update in updates:
@@ -190,16 +188,12 @@ class PoolingProcessor:
                 outputs.append(self._end(request, None))
         return outputs, []
 
-    def abort(
-        self, request_ids: Iterable[str], now: float | None = None
-    ) -> list[PoolingRequestOutput[PoolingOutput]]:
+    def abort(self, request_ids: Iterable[str], now: float | None = None) -> list[Any]:
         """Ends requests; ids that are not here are ignored."""
         known = [self._requests[i] for i in request_ids if i in self._requests]
         return [self._end(request, "the request was aborted") for request in known]
 
-    def fail(
-        self, requests: Sequence[Request], message: str, now: float | None = None
-    ) -> list[PoolingRequestOutput[PoolingOutput]]:
+    def fail(self, requests: Sequence[Request], message: str, now: float | None = None) -> list[Any]:
         """Ends requests with a message for users' eyes."""
         return [self._end(r, message) for r in requests if r.request_id in self._requests]
 

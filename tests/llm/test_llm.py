@@ -12,7 +12,7 @@ import pytest
 from tqdm import tqdm
 
 import jaxllm
-from jaxllm import LLM, SamplingParams
+from jaxllm import LLM, PoolingParams, SamplingParams
 from jaxllm.demo import demo_model_path
 from jaxllm.errors import ConfigError, EngineDeadError, InvalidRequestError, UnsupportedError
 from jaxllm.outputs import RequestOutput
@@ -309,8 +309,12 @@ def test_options_that_are_not_served_are_refused(option: str, chatty: LLM) -> No
 @pytest.mark.parametrize("method", ["encode", "embed", "classify", "score"])
 def test_pooling_is_refused_with_what_to_do(method: str) -> None:
     llm, _ = make()
-    with pytest.raises(UnsupportedError, match=f"LLM.{method} .*Use generate or chat"):
-        getattr(llm, method)(["a"])
+    arguments: dict[str, tuple[Any, ...]] = {
+        "encode": ([5], PoolingParams(task="embed")),
+        "score": ("a", "b"),
+    }
+    with pytest.raises(InvalidRequestError, match="does not pool; start it with runner='pooling'"):
+        getattr(llm, method)(*arguments.get(method, ([5],)))
 
 
 def test_text_in_text_out(chatty: LLM, tokenizer: Any) -> None:
@@ -435,7 +439,6 @@ def test_arguments_of_another_engine(caplog: pytest.LogCaptureFixture) -> None:
     for name, value in (
         ("quantization", "awq"),
         ("enable_lora", True),
-        ("runner", "pooling"),
         ("cpu_offload_gb", 4),
     ):
         with pytest.raises(UnsupportedError, match=f"{name}={value!r} is not supported"):

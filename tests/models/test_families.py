@@ -295,7 +295,7 @@ def test_rope_that_differs_by_layer_type_is_refused() -> None:
         translate_config({**LLAMA, "rope_parameters": entries})
 
 
-@pytest.mark.parametrize("architectures", [["BertModel"], [], None, "LlamaForCausalLM"])
+@pytest.mark.parametrize("architectures", [["ElmanForCausalLM"], [], None, "LlamaForCausalLM"])
 def test_unknown_architectures_list_the_supported(architectures: Any) -> None:
     with pytest.raises(UnsupportedModelError) as error:
         translate_config({**LLAMA, "architectures": architectures})
