@@ -44,8 +44,11 @@ class OutputStream:
     with the exception that ended the request.
     """
 
-    def __init__(self, engine: AsyncEngine, request_id: str, output_kind: RequestOutputKind) -> None:
+    def __init__(
+        self, engine: AsyncEngine, request_id: str, output_kind: RequestOutputKind, num_sequences: int = 1
+    ) -> None:
         self.request_id = request_id
+        self._num_sequences = num_sequences
         self._engine = engine
         self._output_kind = output_kind
         self._loop = asyncio.get_running_loop()
@@ -80,17 +83,20 @@ class OutputStream:
     def _put(self, output: RequestOutput) -> None:
         if not self._ended:
             self._pending.append(output)
-            self._ended = output.finished
-            self._wake()
+            if output.finished:
+                self._end()
+            else:
+                self._wake()
 
     def _fail(self, error: BaseException) -> None:
         if not self._ended:
             self._error = error
-            self._ended = True
-            self._wake()
+            self._end()
 
     def _end(self) -> None:
-        self._ended = True
+        if not self._ended:
+            self._ended = True
+            self._engine._count(-self._num_sequences)
         self._wake()
 
     def _wake(self) -> None:
@@ -148,6 +154,9 @@ class AsyncEngine:
 
     A failure inside `Engine.step` ends every request with `EngineDeadError`, and the engine with it:
     `is_dead` is true and `error` says why.
+
+    Attributes:
+        num_unfinished: sequences submitted whose streams have not ended.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -156,6 +165,7 @@ class AsyncEngine:
         self._gate = threading.Lock()
         self._refusal: str | None = None  # why no more commands are taken; guarded by _gate
         self._draining = False
+        self.num_unfinished = 0
         self._error: BaseException | None = None
         self._streams: dict[str, OutputStream] = {}  # of the engine's thread alone
         # Tokenizers release the interpreter lock, so that a long prompt delays nobody else.
@@ -221,13 +231,14 @@ class AsyncEngine:
         self, request_id: str, processed: ProcessedInput, output_kind: RequestOutputKind
     ) -> OutputStream:
         """Hand processed input to the engine; whoever stops reading the stream early must close it."""
-        stream = OutputStream(self, request_id, output_kind)
+        stream = OutputStream(self, request_id, output_kind, len(processed.requests))
 
         def run() -> None:
             self.engine.submit(processed.requests, processed.prompt)
             self._streams[request_id] = stream
 
         self._send(_Command(run, functools.partial(self._fail_stream, stream)))
+        self._count(len(processed.requests))
         return stream
 
     async def run_in_thread(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
@@ -325,6 +336,10 @@ class AsyncEngine:
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout)
         self._tokenizing.shutdown(wait=False, cancel_futures=True)
+
+    def _count(self, sequences: int) -> None:
+        with self._gate:
+            self.num_unfinished += sequences
 
     # -- commands -----------------------------------------------------------------------------------
 

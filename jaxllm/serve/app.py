@@ -27,11 +27,12 @@ from jaxllm.serve.config import ServerConfig
 from jaxllm.serve.errors import (
     GenerationError,
     NotFoundError,
+    OverloadedError,
     describe_validation,
     error_response,
     response_of,
 )
-from jaxllm.serve.middleware import APIKeys, RequestGate, RequestIdHeader
+from jaxllm.serve.middleware import APIKeys, Limits, RequestGate, RequestIds
 from jaxllm.serve.parsing import OutputParsers
 from jaxllm.serve.protocol import (
     ChatCompletionRequest,
@@ -109,8 +110,13 @@ def build_app(
     app.add_middleware(RequestGate, state=state)
     if config.api_key:
         app.add_middleware(APIKeys, keys=config.api_key)
-    if config.enable_request_id_headers:
-        app.add_middleware(RequestIdHeader)
+    app.add_middleware(
+        Limits,
+        body=config.max_request_bytes,
+        headers=config.h11_max_header_count,
+        header_bytes=config.h11_max_incomplete_event_size,
+    )
+    app.add_middleware(RequestIds, in_response=config.enable_request_id_headers)
     if config.allowed_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -183,7 +189,7 @@ def _add_error_handlers(app: FastAPI) -> None:
         log_unexpected(error)
         return response_of(error)
 
-    for kind in (JaxLLMError, NotFoundError, GenerationError, Exception):
+    for kind in (JaxLLMError, NotFoundError, OverloadedError, GenerationError, Exception):
         app.add_exception_handler(kind, on_error)
 
 

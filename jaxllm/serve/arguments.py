@@ -20,132 +20,9 @@ import yaml
 
 from jaxllm.config import DEMO_MODEL, EngineConfig
 from jaxllm.serve.config import ServerConfig
+from jaxllm.serve.flags import GROUPS, HELP
 
 API_KEY_VARIABLE = "JAXLLM_API_KEY"
-
-# Every field of the two configurations but `model`, by the heading that --help shows it under.
-GROUPS: dict[str, tuple[str, ...]] = {
-    "HTTP server": (
-        "host",
-        "port",
-        "uds",
-        "root_path",
-        "api_key",
-        "ssl_keyfile",
-        "ssl_certfile",
-        "ssl_ca_certs",
-        "allowed_origins",
-        "allowed_methods",
-        "allowed_headers",
-        "allow_credentials",
-        "enable_request_id_headers",
-        "disable_fastapi_docs",
-        "uvicorn_log_level",
-        "disable_uvicorn_access_log",
-        "enable_log_requests",
-        "max_log_len",
-        "enable_tokenizer_info_endpoint",
-        "enable_dev_routes",
-        "profile_dir",
-        "shutdown_timeout",
-    ),
-    "API": (
-        "served_model_name",
-        "chat_template",
-        "chat_template_content_format",
-        "trust_request_chat_template",
-        "enable_auto_tool_choice",
-        "tool_call_parser",
-        "tool_parser_plugin",
-        "exclude_tools_when_tool_choice_none",
-        "reasoning_parser",
-        "response_role",
-        "return_tokens_as_token_ids",
-        "enable_prompt_tokens_details",
-        "enable_force_include_usage",
-    ),
-    "model": (
-        "runner",
-        "convert",
-        "pooler_config",
-        "tokenizer",
-        "skip_tokenizer_init",
-        "trust_remote_code",
-        "dtype",
-        "seed",
-        "revision",
-        "tokenizer_revision",
-        "hf_overrides",
-        "generation_config",
-        "override_generation_config",
-        "max_model_len",
-        "max_logprobs",
-        "logprobs_mode",
-        "disable_sliding_window",
-        "attention_backend",
-    ),
-    "loading": ("load_format", "download_dir", "compilation_cache_dir", "forbid_recompile"),
-    "KV cache": (
-        "block_size",
-        "gpu_memory_utilization",
-        "kv_cache_memory_bytes",
-        "num_gpu_blocks_override",
-        "enable_prefix_caching",
-    ),
-    "scheduling": (
-        "max_num_seqs",
-        "max_num_batched_tokens",
-        "enable_chunked_prefill",
-        "long_prefill_token_threshold",
-        "scheduling_policy",
-        "scheduling_config",
-        "async_scheduling",
-        "record_schedule",
-        "record_trace",
-        "disable_log_stats",
-    ),
-    "parallelism": ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"),
-}
-
-# What the configurations' own docstrings leave to the name.
-_HELP = {
-    "port": "port to listen on",
-    "tokenizer": "directory or hub name of the tokenizer, where it is not the model's",
-    "skip_tokenizer_init": "run without a tokenizer: prompts are token ids",
-    "trust_remote_code": "run Python code that comes with a tokenizer",
-    "seed": "of the random numbers, for requests without a seed of their own",
-    "revision": "branch, tag or commit of the model on the hub",
-    "tokenizer_revision": "branch, tag or commit of the tokenizer on the hub",
-    "download_dir": "where models from the hub are kept",
-    "load_format": 'format of the weights; "dummy" is random weights of the right shapes',
-    "hf_overrides": "values that go before those of the model's config.json",
-    "generation_config": 'source of sampling defaults: "auto" is the model\'s own, "none", or a directory',
-    "override_generation_config": "sampling defaults that go before those of the generation config",
-    "max_model_len": 'prompt and output tokens of a request; "auto" is what the model has',
-    "logprobs_mode": "whether log-probabilities are those before or after the sampling parameters",
-    "disable_sliding_window": "attend to the whole context where the model has a window",
-    "num_gpu_blocks_override": "pages of the KV cache, instead of what the memory allows",
-    "enable_prefix_caching": "keep the KV cache of prompts for prompts that begin alike",
-    "max_num_seqs": "sequences that run at once",
-    "max_num_batched_tokens": "tokens computed in one step",
-    "enable_chunked_prefill": "compute long prompts in pieces beside running requests",
-    "long_prefill_token_threshold": "tokens of one prompt in a step; 0 is no limit",
-    "scheduling_policy": "fcfs, priority, sarathi, vtc, ... (an unknown name lists them), or module:Class",
-    "scheduling_config": "arguments of the scheduling policy",
-    "tensor_parallel_size": "devices that share each layer",
-    "pipeline_parallel_size": "devices that share the layers",
-    "data_parallel_size": "replicas of the model",
-    "attention_backend": "attention kernel; chosen by platform unless given",
-    "disable_log_stats": "keep no statistics",
-    "allowed_methods": "methods that browsers may use",
-    "allowed_headers": "headers that browsers may send",
-    "allow_credentials": "let browsers send cookies",
-    "ssl_keyfile": "private key for HTTPS",
-    "ssl_certfile": "certificate for HTTPS",
-    "ssl_ca_certs": "certificates of the authorities whose clients are trusted",
-    "enable_request_id_headers": "give X-Request-Id back with the response",
-    "disable_fastapi_docs": "serve no /docs, /redoc and /openapi.json",
-}
 
 _DECIMAL = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -168,7 +45,8 @@ def parse_arguments(argv: Sequence[str], program: str = "jaxllm serve") -> Serve
     given = _join_dotted_keys(parser, list(argv))
     config_file, given = _take_config_file(parser, given)
     if config_file is not None:
-        given = [*_flags_of_file(parser, config_file), *given]
+        own = {argument.partition("=")[0] for argument in given}
+        given = [*_flags_of_file(parser, config_file, own), *given]
     namespace, unknown = parser.parse_known_args(given)
     if unknown:
         parser.refuse(unknown[0])
@@ -181,6 +59,11 @@ def parse_arguments(argv: Sequence[str], program: str = "jaxllm serve") -> Serve
         values["api_key"] = (os.environ[API_KEY_VARIABLE],)
     if (values.get("ssl_keyfile") is None) != (values.get("ssl_certfile") is None):
         parser.error("--ssl-keyfile and --ssl-certfile belong together; give both or neither")
+    if (values.get("ssl_ca_certs") is None) != (values.get("ssl_cert_reqs", 0) == 0):
+        parser.error(
+            "--ssl-ca-certs and --ssl-cert-reqs belong together: the authorities, and whether a client must"
+            " have a certificate of theirs (2), or may (1)"
+        )
     if not 0 <= values.get("port", 1) <= 65535:
         parser.error(f"argument --port: {values['port']} is no port; ports are in [0, 65535]")
     return ServeArguments(_build(EngineConfig, values), _build(ServerConfig, values))
@@ -223,7 +106,7 @@ def make_parser(program: str) -> Parser:
         group = parser.add_argument_group(title)
         for name in names:
             field, hint, documented = fields[name]
-            _add_flag(group, field, hint, documented.get(name) or _HELP.get(name, ""))
+            _add_flag(group, field, hint, documented.get(name) or HELP.get(name, ""))
     return parser
 
 
@@ -275,7 +158,7 @@ def _json_object(text: str) -> dict[str, Any]:
 
 
 class _Strings(argparse.Action):
-    """Several words, or one JSON list of them."""
+    """Several words, or one JSON list of them; a flag that is repeated adds to them."""
 
     def __call__(
         self,
@@ -291,7 +174,7 @@ class _Strings(argparse.Action):
                 parser.error(f"argument {option_string}: {values[0]!r} is no JSON list of strings")
             if not all(isinstance(value, str) for value in values):
                 parser.error(f"argument {option_string}: {values!r} must be strings")
-        setattr(namespace, self.dest, tuple(values))
+        setattr(namespace, self.dest, (*(getattr(namespace, self.dest) or ()), *values))
 
 
 def _add_flag(group: Any, field: dataclasses.Field[Any], hint: Any, text: str) -> None:
@@ -316,6 +199,7 @@ def _add_flag(group: Any, field: dataclasses.Field[Any], hint: Any, text: str) -
         options |= {"type": float, "metavar": "FLOAT"}
     elif typing.get_origin(hint) is Literal:
         options["choices"] = typing.get_args(hint)
+        options["type"] = type(options["choices"][0])
     elif typing.get_origin(hint) is dict:
         options |= {"type": _json_object, "metavar": "JSON"}
     elif typing.get_origin(hint) is tuple:
@@ -348,8 +232,8 @@ def _take_config_file(parser: Parser, argv: list[str]) -> tuple[str | None, list
     return path, rest
 
 
-def _flags_of_file(parser: Parser, path: str) -> list[str]:
-    """A YAML mapping from flag names to values, as a command line."""
+def _flags_of_file(parser: Parser, path: str, given: set[str]) -> list[str]:
+    """A YAML mapping from flag names to values, as a command line; without lists that are `given` anew."""
     try:
         content = yaml.safe_load(Path(path).read_text())
     except OSError as error:
@@ -373,6 +257,8 @@ def _flags_of_file(parser: Parser, path: str) -> list[str]:
             flags.append(flag if value else f"--no-{name}")
         elif isinstance(value, dict):
             flags.append(f"{flag}={json.dumps(value)}")
+        elif isinstance(value, list) and flag in given:
+            continue
         elif isinstance(value, list):
             flags += [flag, json.dumps([str(item) for item in value])]
         else:

@@ -15,8 +15,12 @@ class ServerConfig:
         uds: listen on this Unix socket instead of host and port.
         uvicorn_log_level: log level of the HTTP server.
         disable_uvicorn_access_log: log no line per HTTP request.
-        api_key: keys that /v1 routes demand as `Authorization: Bearer KEY`; none demands nothing.
+        disable_access_log_for_endpoints: paths, with commas between, whose requests get no line.
+        log_format: "json" writes each line of the log as an object, with the id of its request.
+        api_key: keys that every route but /health and /ping demands as `Authorization: Bearer KEY`; several,
+            or the flag several times, are all valid; none demands nothing.
         allowed_origins: origins that browsers may call from; empty turns CORS off.
+        ssl_cert_reqs: whether clients need a certificate: 0 no, 1 checked where they have one, 2 yes.
         root_path: prefix under which a proxy serves this server.
         served_model_name: names the API knows the model by, the first of them in responses.
         chat_template: file with a Jinja template, or the template itself, instead of the tokenizer's.
@@ -40,6 +44,11 @@ class ServerConfig:
             the engine itself; not for the open internet.
         profile_dir: directory for what the JAX profiler records between /start_profile and /stop_profile;
             without it there are no such routes.
+        max_num_queued_reqs: sequences that wait or run at once; further ones get a 503 with Retry-After.
+        max_request_bytes: bytes of a request's body.
+        max_sequences_per_request: prompts times n of one request.
+        h11_max_incomplete_event_size: bytes of a request's headers.
+        h11_max_header_count: headers of a request.
         shutdown_timeout: seconds that running requests get to finish after Ctrl-C or SIGTERM.
     """
 
@@ -48,6 +57,8 @@ class ServerConfig:
     uds: str | None = None
     uvicorn_log_level: Literal["critical", "error", "warning", "info", "debug", "trace"] = "info"
     disable_uvicorn_access_log: bool = False
+    disable_access_log_for_endpoints: str | None = None
+    log_format: Literal["text", "json"] = "text"
     api_key: tuple[str, ...] = ()
     allowed_origins: tuple[str, ...] = ()
     allowed_methods: tuple[str, ...] = ("*",)
@@ -56,6 +67,7 @@ class ServerConfig:
     ssl_keyfile: str | None = None
     ssl_certfile: str | None = None
     ssl_ca_certs: str | None = None
+    ssl_cert_reqs: Literal[0, 1, 2] = 0
     root_path: str = ""
     enable_request_id_headers: bool = False
     disable_fastapi_docs: bool = False
@@ -77,4 +89,9 @@ class ServerConfig:
     enable_tokenizer_info_endpoint: bool = False
     enable_dev_routes: bool = False
     profile_dir: str | None = None
+    max_num_queued_reqs: int | None = None
+    max_request_bytes: int = 32 * 2**20
+    max_sequences_per_request: int = 16384
+    h11_max_incomplete_event_size: int = 64 * 2**10
+    h11_max_header_count: int = 256
     shutdown_timeout: float = 30.0

@@ -25,9 +25,16 @@ class NotFoundError(Exception):
         self.param = param
 
 
+class OverloadedError(Exception):
+    """More work than the server takes at once; the client may try again, here or elsewhere."""
+
+
 class GenerationError(Exception):
     """A request that the engine ended with an error."""
 
+
+# Seconds after which a client that met a full queue may try again.
+RETRY_AFTER = "1"
 
 _TYPES = {
     HTTPStatus.BAD_REQUEST: "BadRequestError",
@@ -58,7 +65,7 @@ def status_of(error: BaseException) -> HTTPStatus:
     """The HTTP status that an exception means."""
     if isinstance(error, NotFoundError):
         return HTTPStatus.NOT_FOUND
-    if isinstance(error, EngineDeadError):
+    if isinstance(error, EngineDeadError | OverloadedError):
         return HTTPStatus.SERVICE_UNAVAILABLE
     if isinstance(error, InvalidRequestError | UnsupportedError):
         return HTTPStatus.BAD_REQUEST
@@ -79,7 +86,8 @@ def body_of(error: BaseException) -> dict[str, Any]:
 
 def response_of(error: BaseException) -> Response:
     """The HTTP response of an exception."""
-    return error_response(status_of(error), message_of(error), getattr(error, "param", None))
+    headers = {"retry-after": RETRY_AFTER} if isinstance(error, OverloadedError) else None
+    return error_response(status_of(error), message_of(error), getattr(error, "param", None), headers)
 
 
 def describe_validation(errors: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> tuple[str, str | None]:

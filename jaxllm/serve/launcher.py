@@ -23,6 +23,7 @@ from jaxllm.errors import ConfigError, JaxLLMError
 from jaxllm.serve.app import build_app, load_chat_template, served_names
 from jaxllm.serve.arguments import ServeArguments
 from jaxllm.serve.config import ServerConfig
+from jaxllm.serve.logs import configure_logging
 from jaxllm.serve.parsing import OutputParsers
 from jaxllm.serve.state import ServerState
 from jaxllm.serve.throughput_log import ThroughputLog
@@ -43,7 +44,7 @@ def load_engine(config: EngineConfig) -> AsyncEngine:
 
 def launch(arguments: ServeArguments, load: Callable[[EngineConfig], AsyncEngine] = load_engine) -> int:
     """Load the model and serve until a signal says stop; returns the exit status."""
-    configure_logging()
+    configure_logging(arguments.server.log_format, quiet_paths(arguments.server))
     names = served_names(arguments.engine.model, arguments.server)
     try:
         load_chat_template(arguments.server.chat_template)
@@ -75,20 +76,6 @@ def launch(arguments: ServeArguments, load: Callable[[EngineConfig], AsyncEngine
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(arguments.server.uds)
     return 0 if server.started else 1
-
-
-def configure_logging() -> None:
-    """Show the log of `jaxllm` on stderr, unless the program that runs this has set up its own."""
-    root = logging.getLogger("jaxllm")
-    if not root.handlers and not logging.getLogger().handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(
-            logging.Formatter("%(levelname)s %(asctime)s [%(name)s] %(message)s", "%H:%M:%S")
-        )
-        root.addHandler(handler)
-        root.propagate = False
-    if root.level == logging.NOTSET:
-        root.setLevel(logging.INFO)
 
 
 def bind(config: ServerConfig) -> socket.socket:
@@ -164,11 +151,22 @@ def make_uvicorn_config(app: FastAPI, config: ServerConfig) -> uvicorn.Config:
         ssl_keyfile=config.ssl_keyfile,
         ssl_certfile=config.ssl_certfile,
         ssl_ca_certs=config.ssl_ca_certs,
+        ssl_cert_reqs=config.ssl_cert_reqs,
+        # Its limits on headers are the ones that the flags set.
+        http="h11",
+        h11_max_incomplete_event_size=config.h11_max_incomplete_event_size,
+        log_config=None if config.log_format == "json" else uvicorn.config.LOGGING_CONFIG,
         root_path=config.root_path,
         lifespan="off",
         server_header=False,
         timeout_graceful_shutdown=_FLUSH_TIMEOUT,
     )
+
+
+def quiet_paths(config: ServerConfig) -> tuple[str, ...]:
+    """The paths of `--disable-access-log-for-endpoints`."""
+    listed = (config.disable_access_log_for_endpoints or "").split(",")
+    return tuple(path.strip() for path in listed if path.strip())
 
 
 def banner(config: ServerConfig, listener: socket.socket, model: str, *, is_demo: bool) -> str:

@@ -1,4 +1,4 @@
-"""What stands between the socket and the routes: keys, request ids, draining, and the count of requests.
+"""What stands between the socket and the routes: keys, limits, request ids, draining, the count of requests.
 
 Plain ASGI: a wrapper that buffers would hide from the routes that a client went away.
 """
@@ -6,12 +6,16 @@ Plain ASGI: a wrapper that buffers would hide from the routes that a client went
 from __future__ import annotations
 
 import hmac
+import uuid
 from collections.abc import Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jaxllm.serve.errors import error_response
+from jaxllm.serve.logs import REQUEST_ID
 from jaxllm.serve.state import ServerState
 
 # Routes that put the engine to work.
@@ -31,10 +35,6 @@ WORK = frozenset(
         "/v2/rerank",
     }
 )
-# Routes that show or change the server itself.
-OPERATION = frozenset(
-    {"/server_info", "/reset_prefix_cache", "/start_profile", "/stop_profile", "/tokenizer_info"}
-)
 
 
 def path_of(scope: Scope) -> str:
@@ -47,16 +47,16 @@ def path_of(scope: Scope) -> str:
 
 
 class APIKeys:
-    """Refuses requests that bring none of the keys, to /v1 and whatever else works or shows what it should
-    not.
-    """
+    """Refuses requests that bring none of the keys, but to the routes by which a machine is watched."""
+
+    OPEN = frozenset({"/health", "/ping"})
 
     def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
         self._app = app
         self._keys = [key.encode() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["method"] != "OPTIONS" and self._guards(path_of(scope)):
+        if scope["type"] == "http" and scope["method"] != "OPTIONS" and path_of(scope) not in self.OPEN:
             given = Headers(scope=scope).get("authorization", "")
             scheme, _, key = given.partition(" ")
             # Every key is compared, in constant time, so that timing tells nothing about any of them.
@@ -70,10 +70,6 @@ class APIKeys:
                 await response(scope, receive, send)
                 return
         await self._app(scope, receive, send)
-
-    @staticmethod
-    def _guards(path: str) -> bool:
-        return path in WORK or path in OPERATION or path == "/v1" or path.startswith("/v1/")
 
 
 class RequestGate:
@@ -104,21 +100,79 @@ class RequestGate:
             self._state.requests_in_progress -= 1
 
 
-class RequestIdHeader:
-    """Gives the caller's X-Request-Id back with the response."""
+class Limits:
+    """Refuses requests with too many headers, too large ones, or too large a body.
 
-    def __init__(self, app: ASGIApp) -> None:
+    Args:
+        body: bytes.
+        headers: how many.
+        header_bytes: of all names and values.
+    """
+
+    def __init__(self, app: ASGIApp, body: int, headers: int, header_bytes: int) -> None:
         self._app = app
+        self._body = body
+        self._headers = headers
+        self._header_bytes = header_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        own = Headers(scope=scope).get("x-request-id") if scope["type"] == "http" else None
-        if own is None:
+        if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        headers = scope["headers"]
+        if len(headers) > self._headers or sum(len(n) + len(v) for n, v in headers) > self._header_bytes:
+            message = (
+                f"The request has too many or too large headers: up to {self._headers} headers of"
+                f" {self._header_bytes} bytes in all are taken."
+            )
+            await error_response(431, message, headers={"connection": "close"})(scope, receive, send)
+            return
+        announced = Headers(scope=scope).get("content-length", "0")
+        if announced.isdecimal() and int(announced) > self._body:
+            await self._too_large()(scope, receive, send)
+            return
+        seen = 0
+
+        async def receive_counted() -> Message:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > self._body:
+                raise HTTPException(413, self._too_large_message())
+            return message
+
+        await self._app(scope, receive_counted, send)
+
+    def _too_large(self) -> Response:
+        # What is left of the body is not read, so that the connection cannot go on.
+        return error_response(413, self._too_large_message(), headers={"connection": "close"})
+
+    def _too_large_message(self) -> str:
+        return f"The body is larger than the {self._body} bytes that are taken."
+
+
+class RequestIds:
+    """Gives every request an id, its caller's X-Request-Id where there is one, for the log to show.
+
+    Args:
+        in_response: give it back with the response.
+    """
+
+    def __init__(self, app: ASGIApp, in_response: bool) -> None:
+        self._app = app
+        self._in_response = in_response
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        own = Headers(scope=scope).get("x-request-id") or uuid.uuid4().hex
+        # Set for good: the line of the access log is written behind this, in the same task.
+        REQUEST_ID.set(own)
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message)["x-request-id"] = own
             await send(message)
 
-        await self._app(scope, receive, send_with_id)
+        await self._app(scope, receive, send_with_id if self._in_response else send)

@@ -15,7 +15,8 @@ from jaxllm.errors import InvalidRequestError
 from jaxllm.input_processor import ProcessedInput
 from jaxllm.sampling_params import SamplingParams
 from jaxllm.serve.config import ServerConfig
-from jaxllm.serve.errors import NotFoundError
+from jaxllm.serve.errors import NotFoundError, OverloadedError
+from jaxllm.serve.logs import REQUEST_ID
 from jaxllm.serve.parsing import OutputParsers
 from jaxllm.serve.protocol import GenerationRequest
 from jaxllm.text.chat_template import render_chat
@@ -120,6 +121,26 @@ class ServerState:
                 f"The model '{name}' does not exist; this server has {served}.", param="model"
             )
 
+    def check_room(self, sequences: int) -> None:
+        """Refuse a request of so many sequences (prompts times n) where it is, or makes, too many.
+
+        Raises:
+            InvalidRequestError: one request may not have as many.
+            OverloadedError: together with those that are unfinished they are more than the queue takes.
+        """
+        if sequences > self.config.max_sequences_per_request:
+            raise InvalidRequestError(
+                f"The request has {sequences} sequences (prompts times 'n'): at most"
+                f" {self.config.max_sequences_per_request} are taken. Send several requests.",
+                param="n",
+            )
+        limit = self.config.max_num_queued_reqs
+        if limit is not None and self.engine.num_unfinished + sequences > limit:
+            raise OverloadedError(
+                f"The server works on {self.engine.num_unfinished} sequences and takes {limit} at once"
+                " (--max-num-queued-reqs); try again in a moment, or on another server."
+            )
+
     def check_token_ids(self, name: str, token_ids: Sequence[int]) -> None:
         """Refuse token ids that the model does not have."""
         size = self.engine.engine.model_config.vocab_size
@@ -137,6 +158,8 @@ class ServerState:
                 f"Header X-Request-Id has {len(own)} characters: 1 to {MAX_REQUEST_ID} are allowed.",
                 param="X-Request-Id",
             )
+        if own is None:
+            REQUEST_ID.set(body.request_id)
         return f"{prefix}-{own or body.request_id}"
 
 
@@ -187,6 +210,8 @@ async def start_generations(
         EngineDeadError: the engine failed or is shutting down.
     """
     params = body.to_sampling_params(state.default_sampling_params())
+    sequences = len(prompts) * body.num_completions
+    state.check_room(sequences)
     if keep_special_tokens:
         params.skip_special_tokens = False
     # Clients choose their ids freely, also the same one twice at once.
@@ -196,6 +221,8 @@ async def start_generations(
     if state.config.enable_log_requests:
         for request_id, one in zip(ids, processed, strict=True):
             log_request(request_id, one, params, state.config.max_log_len)
+    # Others may have come while this one was tokenized.
+    state.check_room(sequences)
     generations: list[Generation] = []
     try:
         for request_id, one in zip(ids, processed, strict=True):

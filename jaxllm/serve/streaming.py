@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from jaxllm.outputs import RequestOutput
-from jaxllm.serve.errors import GenerationError, body_of, response_of, status_of
+from jaxllm.serve.errors import GenerationError, OverloadedError, body_of, response_of, status_of
 from jaxllm.serve.state import Generation
 
 logger = logging.getLogger(__name__)
@@ -149,5 +149,5 @@ def raise_if_failed(output: RequestOutput) -> None:
 
 def log_unexpected(error: BaseException) -> None:
     """Keep the particulars of what a client is only told to be an internal error."""
-    if status_of(error) >= 500:
+    if status_of(error) >= 500 and not isinstance(error, OverloadedError):
         logger.error("A request failed: %s", error, exc_info=error)

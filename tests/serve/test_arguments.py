@@ -72,6 +72,9 @@ def test_nothing_given_is_the_default() -> None:
         (["--max-logprobs", "-1"], {"max_logprobs": -1}),
         (["m", "--port", "0", "--host", "::1"], {"port": 0, "host": "::1"}),
         (["m", "--api-key", "a", "b"], {"api_key": ("a", "b")}),
+        (["--api-key", "a", "--api-key", "b", "c"], {"api_key": ("a", "b", "c")}),
+        (["--ssl-ca-certs", "f", "--ssl-cert-reqs", "2"], {"ssl_ca_certs": "f", "ssl_cert_reqs": 2}),
+        (["--max-request-bytes", "1M"], {"max_request_bytes": 2**20}),
         (
             ["--allowed-origins", '["http://a", "http://b"]', "--port", "1"],
             {"allowed_origins": ("http://a", "http://b")},
@@ -111,6 +114,9 @@ def test_flags(argv: list[str], expected: dict[str, Any]) -> None:
         (["--hf-overrides.a", "1", "--hf-overrides.a.b", "1"], ["already has a value"]),
         (["--port.a", "1"], ["--port.a"]),
         (["--ssl-keyfile", "k"], ["--ssl-certfile"]),
+        (["--ssl-ca-certs", "f"], ["--ssl-cert-reqs"]),
+        (["--ssl-cert-reqs", "1"], ["--ssl-ca-certs"]),
+        (["--ssl-cert-reqs", "3"], ["--ssl-cert-reqs", "0, 1, 2"]),
         (["--config"], ["--config", "YAML"]),
         (["--config", "/nowhere.yaml"], ["/nowhere.yaml", "cannot be read"]),
         (["--api-key", "[1]"], ["--api-key", "strings"]),
@@ -147,6 +153,7 @@ def test_a_config_file_says_what_flags_then_go_before(tmp_path: Path) -> None:
     assert (engine.enable_prefix_caching, engine.hf_overrides, engine.tokenizer) == (False, {"x": 1}, None)
     assert (server.port, server.served_model_name) == (1234, ("a", "b"))
     assert parse(f"--config={path}", "--enable-prefix-caching")[0].enable_prefix_caching
+    assert parse(f"--config={path}", "--served-model-name", "c")[1].served_model_name == ("c",)
 
 
 @pytest.mark.parametrize(

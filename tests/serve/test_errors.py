@@ -384,8 +384,12 @@ def test_api_keys() -> None:
             assert api.get("/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code == 200
         assert api.post(COMPLETIONS, {"prompt": "a"}).status_code == 401
         assert api.fake.submitted == []
-        for path in ("/health", "/metrics", "/version"):
+        for path in ("/health", "/ping"):
             assert api.get(path).status_code == 200
+        for path in ("/metrics", "/version", "/docs", "/openapi.json", "/load", "/no such", "/healthy", "/"):
+            assert api.get(path).status_code == 401, path
+        assert api.post("/tokenize", {"prompt": "a"}).status_code == 401
+        assert api.get("/metrics", headers={"Authorization": "Bearer other"}).status_code == 200
 
 
 JSON = st.recursive(

@@ -185,9 +185,11 @@ def test_docs_and_request_id_headers_and_root_path() -> None:
         disable_fastapi_docs=True, enable_request_id_headers=True, root_path="/llm", api_key=("k",)
     )
     with serving(config) as api:
+        key = {"Authorization": "Bearer k"}
+        assert api.get("/version", headers={**key, "X-Request-Id": "a"}).headers["x-request-id"] == "a"
+        assert len(api.get("/version", headers=key).headers["x-request-id"]) == 32
         for path in ("/docs", "/redoc", "/openapi.json"):
-            assert api.get(path).status_code == 404
-        assert api.get("/version", headers={"X-Request-Id": "a"}).headers["x-request-id"] == "a"
+            assert api.get(path, headers=key).status_code == 404
         # The prefix of a proxy that does not strip it is no way around the keys.
         assert api.get("/llm/v1/models").status_code == 401
         assert api.get("/llm/v1/models", headers={"Authorization": "Bearer k"}).status_code == 200

@@ -465,6 +465,14 @@ def test_https(tmp_path: Path) -> None:
         body = {"prompt": "Hello", "max_tokens": 64}
         answer = httpx.post(f"{url}/v1/completions", json=body, verify=context).json()
         assert answer["choices"][0]["text"] == REPLY
+        context.load_cert_chain(certificate, key)
+    # A client without a certificate of the authority, which here is the server itself, is turned away.
+    guarded = {"ssl_keyfile": key, "ssl_certfile": certificate, "ssl_ca_certs": certificate}
+    with live_server(**guarded, ssl_cert_reqs=2) as live:
+        url = live.url.replace("http:", "https:")
+        assert httpx.get(f"{url}/health", verify=context).status_code == 200
+        with pytest.raises(httpx.HTTPError):
+            httpx.get(f"{url}/health", verify=ssl.create_default_context(cafile=certificate))
     status, errors = Process("broken", "--ssl-keyfile", key, "--ssl-certfile", "/nowhere.pem").end()
     assert status == 1
     assert "--ssl-certfile /nowhere.pem cannot be read" in errors
