@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -96,7 +96,7 @@ class Setting:
         if layer.spans:
             self.options["span_ends"] = jnp.zeros(tokens, jnp.int32)
 
-    def calls(self, backend: Backend) -> Callable[[int], None]:
+    def calls(self, backend: Backend, tiling: Any = None) -> Callable[[int], None]:
         """Runs the op so many times, one after the other, each on the next layer."""
         options, num_layers = self.options, self.num_layers
 
@@ -105,7 +105,7 @@ class Setting:
             def once(index, carry):  # type: ignore[no-untyped-def]
                 kv_pages, _ = carry
                 out, kv_pages = ragged_paged_attention(
-                    q, k, v, kv_pages, index % num_layers, *tables, backend=backend, **options
+                    q, k, v, kv_pages, index % num_layers, *tables, backend=backend, tiling=tiling, **options
                 )
                 return kv_pages, out
 
@@ -145,19 +145,10 @@ def _jax_calls(peer: str, q: jax.Array, k: jax.Array, v: jax.Array) -> Callable[
     if peer == "cudnn" and (not on_gpu or q.dtype == jnp.float32):
         return None
     num_queries, num_keys = q.shape[1], k.shape[1]
-    if peer == "dense" and 3 * q.shape[0] * q.shape[2] * num_queries * num_keys * 4 > _free_bytes() // 2:
+    if peer == "dense" and 3 * q.shape[0] * q.shape[2] * num_queries * num_keys * 4 > free_bytes() // 2:
         return None  # its logits would not fit
 
-    def attend(q, k, v):  # type: ignore[no-untyped-def]
-        implementation: Any = "cudnn" if peer == "cudnn" else "xla"
-        if num_queries == num_keys:
-            return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
-        if num_queries == 1:
-            return jax.nn.dot_product_attention(q, k, v, implementation=implementation)
-        visible = jnp.arange(num_keys) <= jnp.arange(num_queries)[:, None] + num_keys - num_queries
-        return jax.nn.dot_product_attention(q, k, v, mask=visible[None, None], implementation=implementation)
-
-    run = jax.jit(attend)
+    run = plain_attention("cudnn" if peer == "cudnn" else "xla")
 
     def calls(count: int) -> None:
         for _ in range(count):
@@ -165,6 +156,20 @@ def _jax_calls(peer: str, q: jax.Array, k: jax.Array, v: jax.Array) -> Callable[
         out.block_until_ready()
 
     return calls
+
+
+def plain_attention(implementation: Literal["cudnn", "xla"]) -> Any:
+    """JAX's own attention of q [S, N, heads, D], whose queries are the last of the keys, compiled."""
+
+    @jax.jit
+    def attend(q, k, v):  # type: ignore[no-untyped-def]
+        num_queries, num_keys = q.shape[1], k.shape[1]
+        given: dict[str, Any] = {"is_causal": num_queries == num_keys}
+        if 1 < num_queries < num_keys:
+            given["mask"] = jnp.tril(jnp.ones((1, 1, num_queries, num_keys), bool), num_keys - num_queries)
+        return jax.nn.dot_product_attention(q, k, v, implementation=implementation, **given)
+
+    return attend
 
 
 def _torch_calls(*operands: jax.Array) -> Callable[[int], None] | None:
@@ -206,13 +211,13 @@ def seconds_of(calls: Callable[[int], None], repeats: int, at_least: float) -> f
     return float(np.median(times))
 
 
-def _free_bytes() -> int:
+def free_bytes() -> int:
     from jaxllm.execution.platform import free_memory
 
     return free_memory(jax.devices()[0])[1]
 
 
-def backends_here(dtype: Any) -> list[str]:
+def backends_here(dtype: Any) -> list[Backend]:
     """The backends that this machine can run, the oracle left out."""
     if jax.default_backend() == "tpu":
         return ["xla", "tpu"]
@@ -235,7 +240,7 @@ def run(options: argparse.Namespace, machine: Machine) -> Iterator[Timing]:
         )
         num_bytes += 2 * work.num_tokens * layer.heads * layer.head_dim * dtype.itemsize
         floor = max(num_bytes / machine.copy_bandwidth, flops / machine.flops(dtype.name))
-        num_layers = min(MAX_LAYERS, _free_bytes() // 4 // layer_bytes)
+        num_layers = min(MAX_LAYERS, free_bytes() // 4 // layer_bytes)
         if num_layers < 1 or floor > options.longest:
             why = "its cache does not fit" if num_layers < 1 else f"it takes {floor:.1f} s at best"
             tqdm.write(f"{layer_name}, {work_name}: left out, {why}")

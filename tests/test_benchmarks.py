@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -13,13 +14,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from benchmarks import checkpoint, compare, fidelity, machine, peers, profile_steps, shapes, startup
+from benchmarks import (
+    checkpoint,
+    compare,
+    fidelity,
+    kernels,
+    machine,
+    peers,
+    profile_steps,
+    shapes,
+    startup,
+    tune,
+)
 from benchmarks.cost import ModelCost
 from benchmarks.workloads import STANDARD, Workload, parse_workload
 from jaxllm.execution.buckets import step_shapes
 from jaxllm.models.config import ModelConfig
 from jaxllm.scheduling.simulator import FittedCost
 from jaxllm.scheduling.simulator.fitted import Shape
+from pallas_kernels.ragged_paged_attention.shapes import LAYERS, WORKS, LayerShape, Work
 
 # Parameter counts that the models' cards state, in billions.
 PARAMETERS = {
@@ -274,3 +287,71 @@ def test_standard_rows_are_those_releases_are_compared_by() -> None:
         "16 x 512 -> 32",
         "16 x 512 -> 32 (448 shared)",
     ]
+
+
+@pytest.fixture
+def small_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names of the attention benchmarks, with sizes that take no time."""
+    every = tune.candidates
+    ceilings = machine.Machine("cpu", "cpu", 1, 2, "3", "0", 1e9, 1e9, {"float32": 1e9})
+    monkeypatch.setattr(kernels, "measure", lambda: ceilings)
+    monkeypatch.setattr(
+        tune, "candidates", lambda *a, decode_only: itertools.islice(every(*a, decode_only=decode_only), 3)
+    )
+    monkeypatch.setitem(LAYERS, "small", LayerShape(4, 2, 8))
+    monkeypatch.setitem(
+        LAYERS, "small, odd", LayerShape(4, 4, 8, window=5, sinks=True, alibi=True, spans=True)
+    )
+    monkeypatch.setitem(WORKS, "decode", Work(((20, 1),) * 3))
+    monkeypatch.setitem(WORKS, "prefill", Work(((0, 33),) * 2))
+    monkeypatch.setitem(WORKS, "mixed", Work(((7, 1), (16, 9))))
+
+
+def test_attention_is_timed(small_shapes: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, picture = tmp_path / "kernels.json", tmp_path / "roofline.png"
+    names = ["--layer", "small", "small, odd", "--work", "decode", "mixed", "decode 256 x 128k"]
+    quick = ["--repeats", "1", "--at-least", "0.0001"]
+    kernels.main([*names, *quick, "--backend", "xla", "dense", "--json", str(out), "--plot", str(picture)])
+    timings = json.loads(out.read_text())["timings"]
+    # Plain JAX has no ragged batches, and none of the options.
+    done = {(t["layer"], t["work"], t["implementation"]) for t in timings}
+    ours = {(layer, work, "xla") for layer in ("small", "small, odd") for work in ("decode", "mixed")}
+    assert done == ours | {("small", "decode", "dense")}
+    for timing in timings:
+        assert timing["seconds"] > 0
+        assert timing["floor"] == max(timing["num_bytes"], timing["flops"]) / 1e9
+    assert picture.stat().st_size > 1000
+    assert "decode 256 x 128k: left out" in capsys.readouterr().out
+
+
+def test_the_peers_of_the_attention_benchmark_compute_attention(small_shapes: None) -> None:
+    """With as many queries as keys, with fewer, and with one."""
+    for work in ("prefill", "decode"):
+        setting = kernels.Setting(LAYERS["small"], WORKS[work], np.dtype(np.float32), 16, 1, 0)
+        operands = setting.dense()
+        assert operands is not None
+        q, k, v = (np.asarray(x, np.float64) for x in operands)
+        k, v = (np.repeat(x, 2, axis=2) for x in (k, v))
+        logits = np.einsum("snhd,slhd->shnl", q, k) * 8**-0.5
+        num_queries, num_keys = logits.shape[2:]
+        logits[..., np.arange(num_keys) > np.arange(num_queries)[:, None] + num_keys - num_queries] = -np.inf
+        weights = np.exp(logits - logits.max(-1, keepdims=True))
+        expected = np.einsum("shnl,slhd->snhd", weights / weights.sum(-1, keepdims=True), v)
+        np.testing.assert_allclose(
+            np.asarray(kernels.plain_attention("xla")(*operands)), expected, rtol=1e-4, atol=1e-5
+        )
+
+
+def test_tiles_are_tuned(small_shapes: None, tmp_path: Path) -> None:
+    out = tmp_path / "tuned.json"
+    out.write_text(json.dumps({"xla": {"another": {"decode_block": 1}}}))
+    quick = ["--repeats", "1", "--at-least", "0.0001", "--margin", "-9", "--out", str(out)]
+    tune.main(
+        ["--layer", "small", "--work", "decode", "mixed", *quick, "--json", str(tmp_path / "found.json")]
+    )
+    table = json.loads(out.read_text())["xla"]
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert table["another"] == {"decode_block": 1}
+    assert [choice["num_candidates"] for choice in found] == [3, 3]
+    for choice in found:
+        assert table.get(choice["shape"]) == choice["tiling"]

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.ragged_paged_attention.options import AttentionOptions
+from pallas_kernels.ragged_paged_attention.tuned import tuned_tiling
 from pallas_kernels.ragged_paged_attention.validation import validate
 
 Backend = Literal["reference", "xla", "tpu", "gpu"]
@@ -47,6 +48,7 @@ def ragged_paged_attention(
     return_lse: bool = False,
     decode_only: bool = False,
     backend: Backend = "xla",
+    tiling: Any = None,
 ) -> tuple[jax.Array, ...]:
     """Writes new keys and values into the cache and attends to everything before each query.
 
@@ -82,6 +84,8 @@ def ragged_paged_attention(
         decode_only: promise that no sequence has more than one query and that T == S with
             query s in row s, which lets a backend leave out its prefill path.
         backend: which implementation runs.
+        tiling: the backend's own `Tiling`; None takes the one tuned for this kind of device and shape
+            (`benchmarks.tune`), or where there is none, what a heuristic says.
 
     Returns:
         (out, kv_pages), and with return_lse a third, lse float32[T, num_heads]. out is
@@ -108,7 +112,15 @@ def ragged_paged_attention(
     validate(q, k, v, kv_pages, page_table, seq_lens, query_starts, options)
     # Imported when asked for: what one platform's kernels are written with, another need not have.
     implementation = importlib.import_module(f"{__name__}.{backend}")
-    results: tuple[Any, ...] = implementation.attend(
-        q, k, v, kv_pages, layer, page_table, seq_lens, query_starts, options
-    )
+    operands = (q, k, v, kv_pages, layer, page_table, seq_lens, query_starts, options)
+    results: tuple[Any, ...]
+    if backend == "reference":
+        if tiling is not None:
+            raise ValueError(f"The reference backend has no tiles; leave out tiling={tiling}.")
+        results = implementation.attend(*operands)
+    else:
+        if tiling is None:
+            fields = tuned_tiling(backend, q, kv_pages, decode_only=decode_only)
+            tiling = None if fields is None else implementation.Tiling.from_fields(fields)
+        results = implementation.attend(*operands, tiling=tiling)
     return results if return_lse else results[:2]

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from pallas_kernels.ragged_paged_attention.cache import token_positions, write_new_tokens
 from pallas_kernels.ragged_paged_attention.gpu_kernel import attend_tiles
 from pallas_kernels.ragged_paged_attention.gpu_schedule import (
+    Cut,
     Tiles,
-    Tiling,
     Work,
     cut_keys,
     cut_long,
@@ -35,11 +35,16 @@ NUM_SMS = 132
 
 
 @dataclass(frozen=True)
-class Tilings:
+class Tiling:
     """How sequences of few queries are cut, and those of many."""
 
-    short: Tiling
-    long: Tiling
+    short: Cut
+    long: Cut
+
+    @classmethod
+    def from_fields(cls, fields: dict[str, Any]) -> Tiling:
+        """What `dataclasses.asdict` made of one."""
+        return cls(Cut(**fields["short"]), Cut(**fields["long"]))
 
 
 def attend(
@@ -53,13 +58,13 @@ def attend(
     query_starts: jax.Array,
     options: AttentionOptions,
     *,
-    tilings: Tilings | None = None,
+    tiling: Tiling | None = None,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See `ragged_paged_attention`.
 
     Args:
-        tilings: how the work is cut; by default what `choose_tilings` says.
+        tiling: how the work is cut; by default what `choose_tiling` says.
         interpret: `plgpu.InterpretGPUParams` to simulate the kernel on a CPU.
 
     Raises:
@@ -68,52 +73,52 @@ def attend(
     _refuse_unsupported(q, kv_pages, options)
     tokens, heads, _ = q.shape
     group = heads // k.shape[1]
-    if tilings is None:
-        tilings = choose_tilings(q, kv_pages, page_table, options)
+    if tiling is None:
+        tiling = choose_tiling(q, kv_pages, page_table, options)
     kv_pages = write_new_tokens(k, v, kv_pages, layer, page_table, seq_lens, query_starts, options)
     sequence, _, is_real = token_positions(seq_lens, query_starts, tokens)
 
-    def attend_some(tiles: Tiles, tiling: Tiling) -> tuple[jax.Array, jax.Array]:
+    def attend_some(tiles: Tiles, cut: Cut) -> tuple[jax.Array, jax.Array]:
         # Most rows of a decode's tile are there for wgmma only.
-        given = min(64, -(-group // 8) * 8) if options.decode_only else tiling.rows
-        out, lse = _attend(q, kv_pages, layer, page_table, tiles, tiling, given, options, interpret=interpret)
+        given = min(64, -(-group // 8) * 8) if options.decode_only else cut.rows
+        out, lse = _attend(q, kv_pages, layer, page_table, tiles, cut, given, options, interpret=interpret)
         return _rows_of_tokens(out, lse, tiles, sequence, query_starts, group)
 
     tiles = cut_short(tokens, seq_lens, query_starts, group, options)
-    out, lse = attend_some(tiles, tilings.short)
+    out, lse = attend_some(tiles, tiling.short)
     if not options.decode_only:
-        tiles = cut_long(tilings.long.rows, tokens, seq_lens, query_starts, group, options)
-        out_of_long, lse_of_long = attend_some(tiles, tilings.long)
+        tiles = cut_long(tiling.long.rows, tokens, seq_lens, query_starts, group, options)
+        out_of_long, lse_of_long = attend_some(tiles, tiling.long)
         short = is_short(query_starts, group)[sequence, None, None]
         out, lse = jnp.where(short[..., None], out, out_of_long), jnp.where(short, lse, lse_of_long)
     out = jnp.where(is_real[:, None, None, None], out, 0)
     return out.astype(q.dtype).reshape(q.shape), kv_pages, lse.reshape(tokens, heads)
 
 
-def choose_tilings(
+def choose_tiling(
     q: jax.Array, kv_pages: jax.Array, page_table: jax.Array, options: AttentionOptions
-) -> Tilings:
-    """Tilings by shape: many copies in flight for sequences of few queries, wide tiles for the others."""
+) -> Tiling:
+    """A tiling by shape: many copies in flight for sequences of few queries, wide tiles for the others."""
     head_dim, page_size, kv_heads = q.shape[2], kv_pages.shape[2], kv_pages.shape[3] // 2
     group = q.shape[1] // kv_heads
     num_seqs, capacity = page_table.shape[0], page_table.shape[1] * page_size
     needs_registers = options.alibi_slopes is not None or options.tree_mask is not None
     wide, narrow_pages = head_dim > 128, kv_pages.dtype.itemsize == 1
     # As many keys as registers allow, and as many stages as shared memory.
-    long = Tiling(
+    long = Cut(
         warpgroups=2,
         keys=64 if wide or needs_registers else 128,
         stages=1 if wide and narrow_pages else 2,
     )
     pairs, stages = 1 if wide else 2, 1 if narrow_pages else 2
     if not options.decode_only and capacity <= 4096:
-        return Tilings(Tiling(pairs=pairs, stages=stages), long)
+        return Tiling(Cut(pairs=pairs, stages=stages), long)
     # Four rounds of work for each warpgroup that computes even out what is uneven. Merging reads as many
     # pieces of a tile as there may be, so many tiles are cut into few.
     splits = -(-4 * NUM_SMS * pairs // kv_heads)
     most = 512 if options.decode_only else 256
     pieces = min(splits, 64, -(-most // (num_seqs * short_tiles(group))))
-    return Tilings(Tiling(pairs=pairs, stages=stages, splits=splits, pieces=pieces), long)
+    return Tiling(Cut(pairs=pairs, stages=stages, splits=splits, pieces=pieces), long)
 
 
 def _attend(
@@ -122,7 +127,7 @@ def _attend(
     layer: jax.Array | int,
     page_table: jax.Array,
     tiles: Tiles,
-    tiling: Tiling,
+    cut: Cut,
     given: int,
     options: AttentionOptions,
     *,
@@ -132,7 +137,7 @@ def _attend(
     tokens, heads, head_dim = q.shape
     kv_heads = kv_pages.shape[3] // 2
     group = heads // kv_heads
-    work = cut_keys(tiles, tiling, kv_pages.shape[2])
+    work = cut_keys(tiles, cut, kv_pages.shape[2])
     token, group_head = tiles.token[:, :given], tiles.group_head[:, :given]
     q_tiles = q.reshape(tokens, kv_heads, group, head_dim)[token, :, group_head].swapaxes(1, 2)
 
@@ -161,11 +166,11 @@ def _attend(
         factors=factors,
         scale=options.scale,
         soft_cap=options.soft_cap,
-        tiling=tiling,
-        out_dtype=jnp.float32 if tiling.is_split else q.dtype,
+        cut=cut,
+        out_dtype=jnp.float32 if cut.is_split else q.dtype,
         interpret=interpret,
     )
-    return _merge(out, lse, work, tiling.pieces) if tiling.is_split else (out, lse)
+    return _merge(out, lse, work, cut.pieces) if cut.is_split else (out, lse)
 
 
 def _refuse_unsupported(q: jax.Array, kv_pages: jax.Array, options: AttentionOptions) -> None:

@@ -24,7 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.ragged_paged_attention.gpu_schedule import Tiling
+from pallas_kernels.ragged_paged_attention.gpu_schedule import Cut
 
 MATRIX = plgpu.Layout.WGMMA
 RAW_BLOCKS = 2
@@ -73,9 +73,9 @@ class Pages:
         """Pages that a block of keys spans."""
         return max(1, keys // self.page_size)
 
-    def scratch(self, tiling: Tiling) -> dict[str, Any]:
+    def scratch(self, cut: Cut) -> dict[str, Any]:
         """The stages, for all pairs of a thread block."""
-        pairs, keys, stages = tiling.pairs, tiling.keys, tiling.pairs * tiling.stages
+        pairs, keys, stages = cut.pairs, cut.keys, cut.pairs * cut.stages
         copies = self.copies(keys)
         arrivals = 1 if self.widened else copies
         block = (keys, self.head_dim)
@@ -84,8 +84,8 @@ class Pages:
             "v": shared((stages, *block), self.wide),
             "k_ready": plgpu.Barrier(num_barriers=stages, num_arrivals=arrivals),
             "v_ready": plgpu.Barrier(num_barriers=stages, num_arrivals=arrivals),
-            "k_free": plgpu.Barrier(num_barriers=stages, num_arrivals=tiling.warpgroups),
-            "v_free": plgpu.Barrier(num_barriers=stages, num_arrivals=tiling.warpgroups),
+            "k_free": plgpu.Barrier(num_barriers=stages, num_arrivals=cut.warpgroups),
+            "v_free": plgpu.Barrier(num_barriers=stages, num_arrivals=cut.warpgroups),
         }
         if self.widened:
             columns = swizzled_columns(self.head_dim, self.wide)
@@ -112,17 +112,15 @@ class Share(NamedTuple):
     first_row: jax.Array
 
 
-def fetch(
-    share: Share, kv_ref: Any, table_ref: Any, scratch: dict[str, Any], pages: Pages, tiling: Tiling
-) -> None:
-    """Fetches all blocks of a share, up to `tiling.stages` ahead of those who compute.
+def fetch(share: Share, kv_ref: Any, table_ref: Any, scratch: dict[str, Any], pages: Pages, cut: Cut) -> None:
+    """Fetches all blocks of a share, up to `cut.stages` ahead of those who compute.
 
     Args:
         kv_ref: [rows of all pages, 2 * kv_heads * head_dim].
         table_ref: int32[S, P].
         scratch: what `Pages.scratch` describes.
     """
-    keys, stages = tiling.keys, tiling.stages
+    keys, stages = cut.keys, cut.stages
     copies = pages.copies(keys)
     copy_keys = keys // copies
     parts = list(

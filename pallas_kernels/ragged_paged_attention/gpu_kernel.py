@@ -48,11 +48,11 @@ def _across(rows: jax.Array, like: jax.Array) -> jax.Array:
     return lax.broadcast_in_dim(rows, like.shape, [0])
 
 
-def _registers(tiling: schedule.Tiling, pages: Pages) -> tuple[int, int] | None:
+def _registers(cut: schedule.Cut, pages: Pages) -> tuple[int, int] | None:
     """Of a thread that fetches and of one that computes; None is an even share, of up to 255."""
-    if tiling.threads == 2:
+    if cut.threads == 2:
         return None
-    if tiling.threads == 4:
+    if cut.threads == 4:
         return (72, 184) if pages.widened else (56, 200)
     if pages.head_dim > 128:
         return (56, 224) if pages.widened else (40, 232)
@@ -76,7 +76,7 @@ def attend_tiles(
     factors: jax.Array | None = None,
     scale: float,
     soft_cap: float | None,
-    tiling: schedule.Tiling,
+    cut: schedule.Cut,
     out_dtype: Any,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -101,7 +101,7 @@ def attend_tiles(
     _, kv_heads, given, head_dim = q.shape
     layers, num_pages, page_size = kv_pages.shape[:3]
     pages = Pages(kv_heads, head_dim, page_size, num_pages, kv_pages.dtype, q.dtype)
-    keys, stages, warpgroups, pairs = tiling.keys, tiling.stages, tiling.warpgroups, tiling.pairs
+    keys, stages, warpgroups, pairs = cut.keys, cut.stages, cut.warpgroups, cut.pairs
     units = items.shape[0] * kv_heads
     given_rows = min(given, 64)
     tree_words = 0 if tree_bits is None else tree_bits.shape[1]
@@ -226,7 +226,7 @@ def attend_tiles(
             plgpu.copy_smem_to_gmem(out_own.at[here], out_ref.at[item, head, there])
             plgpu.wait_smem_to_gmem(0)
 
-        registers = _registers(tiling, pages)
+        registers = _registers(cut, pages)
 
         @pl.when((blocks > 0) & (role == warpgroups))
         def _() -> None:
@@ -235,7 +235,7 @@ def attend_tiles(
             sequence = items_ref[item, schedule.SEQUENCE]
             first_row = layer_ref[0] * (num_pages * page_size)
             share = Share(pair, head, sequence, start, stop, blocks, first_row)
-            fetch(share, kv_ref, table_ref, scratch, pages, tiling)
+            fetch(share, kv_ref, table_ref, scratch, pages, cut)
 
         @pl.when((blocks > 0) & (role < warpgroups))
         def _() -> None:
@@ -247,17 +247,17 @@ def attend_tiles(
         paged_attention,
         out_type=(
             jax.ShapeDtypeStruct((items.shape[0], kv_heads, given, head_dim), out_dtype),
-            jax.ShapeDtypeStruct((items.shape[0], kv_heads, tiling.rows), jnp.float32),
+            jax.ShapeDtypeStruct((items.shape[0], kv_heads, cut.rows), jnp.float32),
         ),
         scratch_types={
-            "q": shared((pairs, tiling.rows, head_dim), q.dtype),
+            "q": shared((pairs, cut.rows, head_dim), q.dtype),
             "q_ready": plgpu.Barrier(num_barriers=pairs * warpgroups),
-            **({"out": shared((pairs, tiling.rows, head_dim), out_dtype)} if own_out else {}),
-            **pages.scratch(tiling),
+            **({"out": shared((pairs, cut.rows, head_dim), out_dtype)} if own_out else {}),
+            **pages.scratch(cut),
         },
         grid=(-(-units // pairs),),
         grid_names=("block",),
-        num_threads=tiling.threads,
+        num_threads=cut.threads,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,

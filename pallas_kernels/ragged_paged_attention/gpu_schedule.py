@@ -24,7 +24,7 @@ TILE, SEQUENCE, START, STOP, FULL_START, FULL_STOP, PIECE = range(7)
 
 
 @dataclass(frozen=True)
-class Tiling:
+class Cut:
     """How the work is cut, and what of it a thread block does at a time.
 
     Attributes:
@@ -193,27 +193,27 @@ def _packed(mask: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(bits.sum(axis=2, dtype=jnp.uint32), jnp.int32)
 
 
-def cut_keys(tiles: Tiles, tiling: Tiling, page_size: int) -> Work:
-    """Gives every tile its keys, in one piece or, where `tiling` says so, in several of like length."""
-    align = min(tiling.keys, page_size)
+def cut_keys(tiles: Tiles, cut: Cut, page_size: int) -> Work:
+    """Gives every tile its keys, in one piece or, where `cut` says so, in several of like length."""
+    align = min(cut.keys, page_size)
     start = tiles.begin.min(axis=1) // align * align
     stop = tiles.end.max(axis=1)
-    blocks = jnp.where(tiles.used, -(-(stop - start) // tiling.keys), 0)
+    blocks = jnp.where(tiles.used, -(-(stop - start) // cut.keys), 0)
     num_tiles = blocks.shape[0]
-    if tiling.is_split:
+    if cut.is_split:
         # A piece shorter than a few blocks costs more in merging than it gains.
-        length = jnp.maximum(-(-blocks.sum() // tiling.splits), 4)
-        pieces = jnp.minimum(-(-blocks // length), tiling.pieces)
+        length = jnp.maximum(-(-blocks.sum() // cut.splits), 4)
+        pieces = jnp.minimum(-(-blocks // length), cut.pieces)
         length = -(-blocks // jnp.maximum(pieces, 1))
         pieces = -(-blocks // jnp.maximum(length, 1))
         # Sum of ceil(blocks / length) <= tiles + sum of blocks / length <= tiles + splits.
-        item = jnp.arange(min(num_tiles + tiling.splits, num_tiles * tiling.pieces), dtype=jnp.int32)
+        item = jnp.arange(min(num_tiles + cut.splits, num_tiles * cut.pieces), dtype=jnp.int32)
         ends = jnp.cumsum(pieces, dtype=jnp.int32)
         tile = jnp.searchsorted(ends, item, side="right", method="compare_all").astype(jnp.int32)
         tile = jnp.minimum(tile, num_tiles - 1)
         first = ends - pieces
         piece = item - first[tile]
-        keys = length[tile] * tiling.keys
+        keys = length[tile] * cut.keys
         begin = start[tile] + piece * keys
         stop = jnp.minimum(stop[tile], begin + keys)
         used = item < ends[-1]
@@ -221,10 +221,10 @@ def cut_keys(tiles: Tiles, tiling: Tiling, page_size: int) -> Work:
         tile = first = jnp.arange(num_tiles, dtype=jnp.int32)
         pieces, piece, begin, used = jnp.ones_like(tile), jnp.zeros_like(tile), start, tiles.used
     begin, stop = jnp.where(used, begin, 0), jnp.where(used, stop, 0)
-    blocks = -(-(stop - begin) // tiling.keys)
-    full_start = jnp.clip(-(-(tiles.begin.max(axis=1)[tile] - begin) // tiling.keys), 0, blocks)
+    blocks = -(-(stop - begin) // cut.keys)
+    full_start = jnp.clip(-(-(tiles.begin.max(axis=1)[tile] - begin) // cut.keys), 0, blocks)
     all_see = tiles.end if tiles.tree is None else jnp.minimum(tiles.end, tiles.tree)
-    full_stop = (jnp.minimum(all_see.min(axis=1)[tile], stop) - begin) // tiling.keys
+    full_stop = (jnp.minimum(all_see.min(axis=1)[tile], stop) - begin) // cut.keys
     full_stop = jnp.clip(full_stop, full_start, blocks)
     columns = [tile, tiles.sequence[tile], begin, stop, full_start, full_stop, piece]
     return Work(jnp.stack(columns, axis=1).astype(jnp.int32), first, pieces)

@@ -30,6 +30,7 @@ class LayerShape:
 
 
 LAYERS = {
+    "llama-135m": LayerShape(9, 3, 64),
     "llama-3.1-8b": LayerShape(32, 8, 128),
     "llama-3.1-70b tp8": LayerShape(8, 1, 128),
     "qwen3-0.6b": LayerShape(16, 8, 128),

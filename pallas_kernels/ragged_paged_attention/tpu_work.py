@@ -43,6 +43,11 @@ class Tiling:
         queries = 16 * max(1, 512 // (heads // kv_heads) // 16)
         return cls(min(queries, 16 * pl.cdiv(num_tokens, 16)), keys)
 
+    @classmethod
+    def from_fields(cls, fields: dict[str, Any]) -> Tiling:
+        """What `dataclasses.asdict` made of one."""
+        return cls(**fields)
+
 
 class Item(NamedTuple):
     """A block of keys for a tile of queries: the sequence, the tile's first packed row, the block's index."""

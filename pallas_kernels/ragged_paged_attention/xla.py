@@ -18,6 +18,7 @@ which are smaller than the keys and values; a sink is where a row's running maxi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,13 +29,40 @@ from pallas_kernels.ragged_paged_attention.options import AttentionOptions
 
 # Finite, so that a row that has seen nothing yet gives exp(MASKED - MASKED) and not NaN.
 MASKED = -1e30
-DECODE_BLOCK = 64
-DECODE_LANES = (4, 32)
-# (queries in a tile, keys in a block) of prefills; the short ones where no sequence has more queries
-# than SHORT_PREFILL, since a tile costs the same whether it is full or not.
+# Where no sequence has more queries than this, tiles are the short ones, since a tile costs the same
+# whether it is full or not.
 SHORT_PREFILL = 128
-SHORT_TILES = (64, 128)
-LONG_TILES = (256, 256)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How the work is cut.
+
+    Attributes:
+        decode_block: keys in a block of a decode; a page at least.
+        decode_lanes: the fewest and the most such blocks side by side, between which there are four for
+            each sequence.
+        short_tiles, long_tiles: queries in a tile and keys in a block of prefills.
+    """
+
+    decode_block: int = 64
+    decode_lanes: tuple[int, int] = (4, 32)
+    short_tiles: tuple[int, int] = (64, 128)
+    long_tiles: tuple[int, int] = (256, 256)
+
+    @classmethod
+    def choose(cls, kv_heads: int, head_dim: int) -> Tiling:
+        """Decodes gather about 3 MiB at a time: enough to share out, and little enough to stay in a cache."""
+        block = 64 if kv_heads * head_dim <= 256 else 32
+        lanes = (3 << 20) // (block * 2 * kv_heads * head_dim * 4)
+        most = min(max(1 << max(lanes, 1).bit_length() - 1, 4), 32)
+        return cls(decode_block=block, decode_lanes=(4, most))
+
+    @classmethod
+    def from_fields(cls, fields: dict[str, Any]) -> Tiling:
+        """What `dataclasses.asdict` made of one, as JSON gives it back."""
+        values: dict[str, Any] = {n: tuple(x) if isinstance(x, list) else x for n, x in fields.items()}
+        return cls(**values)
 
 
 def attend(
@@ -47,10 +75,12 @@ def attend(
     seq_lens: jax.Array,
     query_starts: jax.Array,
     options: AttentionOptions,
+    tiling: Tiling | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """See `ragged_paged_attention`; lse is None unless asked for."""
     num_tokens, _, head_dim = q.shape
     num_kv_heads = k.shape[1]
+    tiling = tiling or Tiling.choose(num_kv_heads, head_dim)
     kv_pages = write_new_tokens(k, v, kv_pages, layer, page_table, seq_lens, query_starts, options)
     scale = options.scale if options.k_scale is None else options.scale * options.k_scale
     grouped = (q.astype(jnp.float32) * scale).reshape(num_tokens, num_kv_heads, -1, head_dim)
@@ -58,15 +88,19 @@ def attend(
     decode_lens = jnp.where(query_lens == 1, seq_lens, 0)
     if options.decode_only:
         sees_itself = None if options.tree_mask is None else options.tree_mask[:, 0]
-        out, lse = _attend_decodes(grouped, kv_pages, layer, page_table, decode_lens, sees_itself, options)
+        out, lse = _attend_decodes(
+            grouped, kv_pages, layer, page_table, decode_lens, sees_itself, options, tiling
+        )
     else:
         columns = grouped.transpose(1, 3, 2, 0)
-        out, lse = _attend_prefills(columns, kv_pages, layer, page_table, seq_lens, query_starts, options)
+        out, lse = _attend_prefills(
+            columns, kv_pages, layer, page_table, seq_lens, query_starts, options, tiling
+        )
         rows = query_starts[:-1]
         own_row = jnp.minimum(rows, num_tokens - 1)
         sees_itself = None if options.tree_mask is None else options.tree_mask[own_row, 0]
         decodes, decode_lse = _attend_decodes(
-            grouped[own_row], kv_pages, layer, page_table, decode_lens, sees_itself, options
+            grouped[own_row], kv_pages, layer, page_table, decode_lens, sees_itself, options, tiling
         )
         target = jnp.where(query_lens == 1, rows, num_tokens)
         out = out.at[..., target].set(decodes.transpose(1, 3, 2, 0), mode="drop").transpose(3, 0, 2, 1)
@@ -116,6 +150,7 @@ def _attend_decodes(
     seq_lens: jax.Array,
     sees_itself: jax.Array | None,
     options: AttentionOptions,
+    tiling: Tiling,
 ) -> tuple[jax.Array, jax.Array | None]:
     """One query per sequence: q [S, kv_heads, group, head_dim], scaled; seq_lens 0 leaves a row at zero.
 
@@ -124,9 +159,9 @@ def _attend_decodes(
     """
     num_seqs, num_kv_heads, group, head_dim = q.shape
     page_size = kv_pages.shape[2]
-    pages_per_block = max(1, DECODE_BLOCK // page_size)
+    pages_per_block = max(1, tiling.decode_block // page_size)
     block_size = pages_per_block * page_size
-    lanes = min(max(4 * num_seqs, DECODE_LANES[0]), DECODE_LANES[1])
+    lanes = min(max(4 * num_seqs, tiling.decode_lanes[0]), tiling.decode_lanes[1])
     window, slopes = options.window, _grouped_slopes(options, num_kv_heads)
 
     first_block = jnp.zeros_like(seq_lens)
@@ -187,6 +222,7 @@ def _attend_prefills(
     seq_lens: jax.Array,
     query_starts: jax.Array,
     options: AttentionOptions,
+    tiling: Tiling,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Sequences with two queries or more: q [kv_heads, head_dim, group, T], scaled.
 
@@ -198,9 +234,10 @@ def _attend_prefills(
         return _attend_in_tiles(q, kv_pages, layer, page_table, seq_lens, query_starts, options, *sizes)
 
     if q.shape[3] <= SHORT_PREFILL:
-        return in_tiles(SHORT_TILES)
+        return in_tiles(tiling.short_tiles)
     longest = jnp.max(query_starts[1:] - query_starts[:-1])
-    return lax.cond(longest > SHORT_PREFILL, lambda: in_tiles(LONG_TILES), lambda: in_tiles(SHORT_TILES))
+    is_long = longest > SHORT_PREFILL
+    return lax.cond(is_long, lambda: in_tiles(tiling.long_tiles), lambda: in_tiles(tiling.short_tiles))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.ragged_paged_attention import gpu, gpu_schedule
-from pallas_kernels.ragged_paged_attention.gpu_schedule import Tiling
+from pallas_kernels.ragged_paged_attention.gpu_schedule import Cut
 from pallas_kernels.ragged_paged_attention.options import AttentionOptions
 from tests.kernels.oracle import TOLERANCE, check, oracle
 from tests.kernels.ragged_batches import Batch, Shape, random_batch
@@ -27,16 +27,16 @@ interpreted = pytest.mark.skipif(
 
 Decodes = functools.partial(Shape, dtype=jnp.bfloat16, decode_only=True, lse=True)
 Mixed = functools.partial(Shape, dtype=jnp.bfloat16, lse=True)
-TWO_TILES = Tiling(pairs=2)
-SPLIT = Tiling(pairs=2, splits=4, pieces=3)
-WIDE = Tiling(warpgroups=2, keys=128)
+TWO_TILES = Cut(pairs=2)
+SPLIT = Cut(pairs=2, splits=4, pieces=3)
+WIDE = Cut(warpgroups=2, keys=128)
 
-CASES: dict[str, tuple[Shape, Tiling]] = {
+CASES: dict[str, tuple[Shape, Cut]] = {
     "decodes": (Decodes(8, 2, 64, 16, 20, 3, 3), TWO_TILES),
     "decodes, keys split": (Decodes(8, 2, 64, 64, 8, 4, 4), SPLIT),
     "decodes, one head": (Decodes(4, 1, 128, 16, 20, 3, 3), SPLIT),
     "decodes, odd number of pairs": (Decodes(3, 3, 32, 32, 6, 3, 3), TWO_TILES),
-    "decodes, one to a thread block": (Decodes(4, 2, 256, 16, 8, 2, 2), Tiling(splits=3, pieces=2)),
+    "decodes, one to a thread block": (Decodes(4, 2, 256, 16, 8, 2, 2), Cut(splits=3, pieces=2)),
     "decodes, more heads than a tile has rows": (Decodes(71, 1, 16, 64, 3, 2, 2), SPLIT),
     "decodes, all options": (
         Decodes(6, 3, 64, 16, 20, 4, 4, window=150, sinks=True, soft_cap=5.0, alibi=True),
@@ -63,11 +63,11 @@ CASES: dict[str, tuple[Shape, Tiling]] = {
         Mixed(2, 1, 64, 8, 20, 3, 120, longest=80, tree_width=60, window=30),
         WIDE,
     ),
-    "mixed, head_dim 256": (Mixed(2, 1, 256, 64, 4, 3, 80, longest=60), Tiling(warpgroups=2)),
+    "mixed, head_dim 256": (Mixed(2, 1, 256, 64, 4, 3, 80, longest=60), Cut(warpgroups=2)),
 }
 
 
-def run(batch: Batch, shape: Shape, tiling: Tiling) -> tuple[np.ndarray, ...]:
+def run(batch: Batch, shape: Shape, cut: Cut) -> tuple[np.ndarray, ...]:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     options = AttentionOptions(
@@ -78,19 +78,19 @@ def run(batch: Batch, shape: Shape, tiling: Tiling) -> tuple[np.ndarray, ...]:
         return_lse=shape.lse,
         **{name: jnp.asarray(array) for name, array in batch.array_options.items()},
     )
-    # A tiling is for the sequences of few queries or for the others, by its width.
-    tilings = gpu.Tilings(tiling, WIDE) if tiling.warpgroups == 1 else gpu.Tilings(SPLIT, tiling)
+    # A cut is for the sequences of few queries or for the others, by its width.
+    tiling = gpu.Tiling(cut, WIDE) if cut.warpgroups == 1 else gpu.Tiling(SPLIT, cut)
     interpret = plgpu.InterpretGPUParams(detect_races=True)
-    attend = jax.jit(functools.partial(gpu.attend, tilings=tilings, interpret=interpret))
+    attend = jax.jit(functools.partial(gpu.attend, tiling=tiling, interpret=interpret))
     return tuple(np.asarray(x) for x in attend(*batch.operands, options))
 
 
 @interpreted
 @pytest.mark.parametrize("name", CASES)
 def test_matches_the_definition(name: str) -> None:
-    shape, tiling = CASES[name]
+    shape, cut = CASES[name]
     batch = random_batch(shape, seed=0, logit_size=(1.0, 8.0)[len(name) % 2])
-    out, cache, lse = run(batch, shape, tiling)
+    out, cache, lse = run(batch, shape, cut)
     if shape.dtype == jnp.float16:
         exact, _, _ = oracle(batch, shape)
         real = batch.query_starts[-1]
@@ -101,13 +101,13 @@ def test_matches_the_definition(name: str) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("tiling", [SPLIT, TWO_TILES, WIDE], ids=str)
-def test_empty_batch_leaves_the_cache_alone(tiling: Tiling) -> None:
+@pytest.mark.parametrize("cut", [SPLIT, TWO_TILES, WIDE], ids=str)
+def test_empty_batch_leaves_the_cache_alone(cut: Cut) -> None:
     shape = Decodes(4, 2, 64, 16, 4, 4, 4)
     full = random_batch(shape, 0, 1.0)
     batch = replace(full, seq_lens=np.zeros(4, np.int32), query_starts=np.zeros(5, np.int32))
     batch = replace(batch, k=np.full_like(full.k, np.nan), v=np.full_like(full.v, np.nan))
-    out, cache, _ = run(batch, shape, tiling)
+    out, cache, _ = run(batch, shape, cut)
     check(batch, replace(shape, lse=False), out, cache)
 
 
@@ -175,8 +175,8 @@ def test_the_check_catches_pages_in_the_wrong_order(lengths: list[tuple[int, int
     group=st.sampled_from([3, 71]),
     window=st.none() | st.integers(1, 300),
     page_size=st.sampled_from([8, 64, 256]),
-    tiling=st.builds(
-        Tiling,
+    cut=st.builds(
+        Cut,
         warpgroups=st.sampled_from([1, 2]),
         keys=st.sampled_from([64, 128]),
         splits=st.integers(0, 9),
@@ -184,7 +184,7 @@ def test_the_check_catches_pages_in_the_wrong_order(lengths: list[tuple[int, int
     ),
 )
 def test_every_row_meets_each_of_its_keys_once(
-    lengths: list[tuple[int, int]], group: int, window: int | None, page_size: int, tiling: Tiling
+    lengths: list[tuple[int, int]], group: int, window: int | None, page_size: int, cut: Cut
 ) -> None:
     # One shape of all batches, since every shape is compiled.
     lengths = [(cached if new else 0, new) for cached, new in [*lengths, *[(0, 0)] * (6 - len(lengths))]]
@@ -196,12 +196,10 @@ def test_every_row_meets_each_of_its_keys_once(
     assert short[new <= 1].all()
     for tiles, rows, mine in (
         (gpu_schedule.cut_short(*batch), 64, short),
-        (gpu_schedule.cut_long(tiling.rows, *batch), tiling.rows, ~short),
+        (gpu_schedule.cut_long(cut.rows, *batch), cut.rows, ~short),
     ):
-        work = gpu_schedule.cut_keys(tiles, tiling, page_size)
-        check_schedule(
-            *jax.tree.map(np.asarray, (tiles, work)), np.where(mine, new, 0), rows, tiling, page_size
-        )
+        work = gpu_schedule.cut_keys(tiles, cut, page_size)
+        check_schedule(*jax.tree.map(np.asarray, (tiles, work)), np.where(mine, new, 0), rows, cut, page_size)
         token = {t for s in np.flatnonzero(mine) for t in range(query_starts[s], query_starts[s + 1])}
         used = tiles.used
         rows_seen = zip(
@@ -217,7 +215,7 @@ def check_schedule(
     work: gpu_schedule.Work,
     new: np.ndarray,
     rows: int,
-    tiling: Tiling,
+    cut: Cut,
     page_size: int,
 ) -> None:
     """Each used tile has its keys in pieces that follow on each other, and nothing else has work."""
@@ -226,21 +224,21 @@ def check_schedule(
     for tile in np.flatnonzero(tiles.used):
         first = work.first[tile]
         items = work.items[first : first + work.pieces[tile]]
-        assert 1 <= len(items) <= max(1, tiling.pieces)
+        assert 1 <= len(items) <= max(1, cut.pieces)
         assert (items[:, gpu_schedule.TILE] == tile).all()
         assert (items[:, gpu_schedule.SEQUENCE] == tiles.sequence[tile]).all()
         assert (items[:, gpu_schedule.PIECE] == np.arange(len(items))).all()
         starts, stops = items[:, gpu_schedule.START], items[:, gpu_schedule.STOP]
         assert (starts[1:] == stops[:-1]).all() and (starts < stops).all()
         assert starts[0] <= tiles.begin[tile].min() and stops[-1] == tiles.end[tile].max()
-        assert (starts % min(tiling.keys, page_size) == 0).all()
+        assert (starts % min(cut.keys, page_size) == 0).all()
         assert starts[0] // page_size == tiles.begin[tile].min() // page_size
         for start, full, full_stop in zip(
             starts, items[:, gpu_schedule.FULL_START], items[:, gpu_schedule.FULL_STOP], strict=True
         ):
             if full < full_stop:
-                assert start + full * tiling.keys >= tiles.begin[tile].max()
-                assert start + full_stop * tiling.keys <= tiles.end[tile].min()
+                assert start + full * cut.keys >= tiles.begin[tile].max()
+                assert start + full_stop * cut.keys <= tiles.end[tile].min()
     idle = np.ones(len(work.items), bool)
     for tile in np.flatnonzero(tiles.used):
         idle[work.first[tile] : work.first[tile] + work.pieces[tile]] = False

@@ -1,0 +1,170 @@
+"""Finds the attention tiles that suit this kind of device, and writes the table that the op then goes by.
+
+    python -m benchmarks.tune --layer qwen3-8b llama-3.1-8b
+
+For each layer, and for decodes and mixed steps apart, every candidate runs over the named batches of that
+kind; the one with the least geometric mean of times, each over that of what is chosen without a table, is
+kept. Shapes that the table holds already and that are not tuned again stay in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from benchmarks.kernels import MAX_LAYERS, Setting, backends_here, free_bytes, seconds_of
+from benchmarks.report import add_output_arguments, print_table, write_json
+from pallas_kernels.ragged_paged_attention import BACKENDS, Backend, tpu_work, tuned, xla
+from pallas_kernels.ragged_paged_attention.shapes import LAYERS, WORKS, LayerShape
+
+DECODES = ("decode 1 x 32k", "decode 8 x 8k", "decode 64 x 1k", "decode 64 x 8k", "decode 256 x 1k")
+MIXED = ("prefill 512", "prefill 2k", "prefill 16 x 512", "mixed 64 x 2k and 1984")
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What was found for one shape.
+
+    Attributes:
+        over_default: geometric mean of its times over those without a table; 1 where nothing was better.
+        tiling: None where that is best which is chosen without a table.
+    """
+
+    backend: str
+    shape: str
+    num_candidates: int
+    over_default: float
+    tiling: Any
+
+
+def candidates(backend: Backend, layer: LayerShape, page_size: int, *, decode_only: bool) -> Iterator[Any]:
+    """Tilings that may be worth trying; some may be refused by the compiler."""
+    if backend == "xla" and decode_only:
+        for block, most in itertools.product((32, 64, 128, 256), (8, 16, 32, 64)):
+            yield xla.Tiling(decode_block=block, decode_lanes=(4, most))
+    elif backend == "xla":
+        for long, short in itertools.product(
+            ((128, 128), (128, 256), (256, 256), (256, 512)), ((32, 64), (64, 128))
+        ):
+            yield xla.Tiling(long_tiles=long, short_tiles=short)
+    elif backend == "tpu":
+        keys = [k for k in (128, 256, 512, 1024, 2048, 4096) if k % page_size == 0]
+        for queries, k in itertools.product((1,) if decode_only else (16, 32, 64, 128, 256), keys):
+            yield tpu_work.Tiling(queries, k)
+    elif backend == "gpu":
+        yield from _gpu_candidates(layer, decode_only)
+
+
+def _gpu_candidates(layer: LayerShape, decode_only: bool) -> Iterator[Any]:
+    from pallas_kernels.ragged_paged_attention import gpu
+    from pallas_kernels.ragged_paged_attention.gpu_schedule import Cut
+
+    rounds = (0, 2, 4, 8) if decode_only else (0, 4)
+    for pairs, stages, each in itertools.product((1, 2), (1, 2, 3), rounds):
+        splits = -(-each * gpu.NUM_SMS * pairs // layer.kv_heads)
+        short = Cut(pairs=pairs, stages=stages, splits=splits, pieces=min(splits, 64) or 1)
+        if decode_only:
+            yield gpu.Tiling(short, Cut(warpgroups=2))
+            continue
+        for warpgroups, keys, long_stages in itertools.product((1, 2, 3), (64, 128), (2, 3)):
+            yield gpu.Tiling(short, Cut(warpgroups=warpgroups, keys=keys, stages=long_stages))
+
+
+def tune(backend: Backend, layer_name: str, works: list[str], options: argparse.Namespace) -> Choice | None:
+    """Times every candidate; None where no batch fits into memory."""
+    layer, dtype = LAYERS[layer_name], jnp.dtype(options.dtype)
+    decode_only = WORKS[works[0]].decode_only
+    totals: dict[Any, list[float]] = {}
+    key = ""
+    for name in works:
+        work = WORKS[name]
+        cache = layer.kv_bytes_per_token(dtype.itemsize) * sum(sum(s) for s in work.sequences)
+        num_layers = min(MAX_LAYERS, free_bytes() // 4 // cache)
+        if num_layers < 1:
+            tqdm.write(f"{layer_name}, {name}: left out, its cache does not fit")
+            continue
+        setting = Setting(layer, work, dtype, options.page_size, num_layers, options.seed)
+        key = tuned.shape_key(setting.q, setting.kv_pages, decode_only=decode_only)
+        tried = [None, *candidates(backend, layer, options.page_size, decode_only=decode_only)]
+        times: list[float] = []
+        for tiling in tqdm(tried, desc=f"{layer_name}, {name}", unit="tiling", leave=False):
+            try:
+                seconds = seconds_of(setting.calls(backend, tiling), options.repeats, options.at_least)
+            except Exception as error:  # the compiler says in many ways that something does not fit
+                tqdm.write(f"{tiling} cannot be had: {str(error).splitlines()[0][:100]}")
+                seconds = float("inf")
+            times.append(seconds)
+        # Once more, now that nothing runs for the first time any longer.
+        again = seconds_of(setting.calls(backend), options.repeats, options.at_least)
+        default = times[0] = min(times[0], again)
+        for tiling, seconds in zip(tried, times, strict=True):
+            totals.setdefault(tiling, []).append(seconds / default)
+    if not totals:
+        return None
+    means = {tiling: float(np.exp(np.mean(np.log(ratios)))) for tiling, ratios in totals.items()}
+    best = min(means, key=lambda tiling: means[tiling])
+    if means[best] > 1 - options.margin:
+        best = None
+    return Choice(backend, key, len(means) - 1, means[best], best)
+
+
+def write_table(path: Path, choices: list[Choice]) -> None:
+    """Adds what was found to a table; a shape that is best without leaves it."""
+    table: tuned.Table = json.loads(path.read_text()) if path.exists() else {}
+    for choice in choices:
+        shapes = table.setdefault(choice.backend, {})
+        shapes.pop(choice.shape, None)
+        if choice.tiling is not None:
+            shapes[choice.shape] = dataclasses.asdict(choice.tiling)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__.split("\n")[0])
+    several: Any = {"action": "extend", "nargs": "+", "metavar": "NAME"}
+    parser.add_argument("--layer", choices=sorted(LAYERS), help="default: all", **several)
+    parser.add_argument("--work", choices=sorted(WORKS), help="default: nine of both kinds", **several)
+    parser.add_argument("--backend", choices=[b for b in BACKENDS if b != "reference"])
+    parser.add_argument("--dtype", help="default: float32 on CPU, else bfloat16")
+    parser.add_argument("--page-size", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--at-least", type=float, default=0.02, help="seconds of calls in a repeat")
+    parser.add_argument("--margin", type=float, default=0.03, help="what a tiling must gain to be kept")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="default: the package's table of this kind of device")
+    add_output_arguments(parser, plot=False)
+    options = parser.parse_args(arguments)
+    options.dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    backend: Backend = options.backend or backends_here(jnp.dtype(options.dtype))[-1]
+    out = options.out or tuned.table_path(jax.devices()[0].device_kind)
+    works = options.work or [*DECODES, *MIXED]
+    choices: list[Choice] = []
+    for layer in options.layer or LAYERS:
+        for decode_only in (True, False):
+            own = [name for name in works if WORKS[name].decode_only == decode_only]
+            choice = tune(backend, layer, own, options) if own else None
+            if choice is not None:
+                choices.append(choice)
+                write_table(out, choices)  # what was found so far outlives an interruption
+    rows: list[list[object]] = [
+        [c.shape, c.num_candidates, f"{c.over_default:.2f}", "the default" if c.tiling is None else c.tiling]
+        for c in choices
+    ]
+    print_table(f"{backend}, {out}", ["shape", "tried", "of the default's time", "best"], rows)
+    write_json(options.json, choices)
+
+
+if __name__ == "__main__":
+    main()
