@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from benchmarks.machine import Machine
 from benchmarks.workloads import Workload
-from jaxllm.models.config import ModelConfig
+from jaxllm.models.config import ModelConfig, MoEConfig
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -38,7 +38,8 @@ class ModelCost:
     """Sizes of a decoder that its costs follow from.
 
     Attributes:
-        layer_parameters: weights of all layers' linear products; each is used once a token.
+        layer_parameters: weights of all layers' linear products that are used once a token.
+        expert_parameters: weights of one expert of every layer that has any.
         head_parameters: weights of the product that yields the logits, whether tied or not.
         embedding_parameters: weights that are only looked up.
         windows: how many layers have this sliding window (None: full attention).
@@ -52,6 +53,8 @@ class ModelCost:
     embedding_parameters: int
     windows: dict[int | None, int]
     dtype_bytes: int
+    expert_parameters: int = 0
+    moe: MoEConfig | None = None
 
     @classmethod
     def from_config(cls, config: ModelConfig, dtype: str) -> ModelCost:
@@ -70,6 +73,8 @@ class ModelCost:
             + config.num_learned_positions * config.hidden_size,
             windows=dict(Counter(config.layer_windows or (None,) * config.num_layers)),
             dtype_bytes=DTYPE_BYTES[dtype],
+            expert_parameters=config.expert_parameters,
+            moe=config.moe,
         )
 
     @property
@@ -79,7 +84,17 @@ class ModelCost:
     @property
     def num_parameters(self) -> int:
         """Weights in all, but for norms and biases."""
-        return self.layer_parameters + self.head_parameters + self.embedding_parameters
+        all_layers = self.layer_parameters
+        if self.moe is not None:
+            all_layers += (self.moe.num_experts - self.moe.experts_per_token) * self.expert_parameters
+        return all_layers + self.head_parameters + self.embedding_parameters
+
+    def layer_parameters_read(self, num_tokens: int) -> float:
+        """Weights of all layers that a step of so many tokens reads."""
+        if self.moe is None:
+            return self.layer_parameters
+        others = self.moe.experts_read(num_tokens) - self.moe.experts_per_token
+        return self.layer_parameters + others * self.expert_parameters
 
     def seen(self, position: int) -> int:
         """How many positions a query at `position` sees, itself included, summed over layers."""
@@ -98,7 +113,7 @@ class ModelCost:
         """
         products = 2 * (self.layer_parameters * num_tokens + self.head_parameters * num_logits)
         attention = 4 * self.num_heads * self.head_dim * attended
-        weights = self.layer_parameters + (self.head_parameters if num_logits else 0)
+        weights = self.layer_parameters_read(num_tokens) + (self.head_parameters if num_logits else 0)
         kv = 2 * self.num_kv_heads * self.head_dim * (context + self.num_layers * num_tokens)
         return Work(float(products + attention), float(self.dtype_bytes * (weights + kv)))
 
@@ -114,8 +129,9 @@ class ModelCost:
         # Of the cache, a prefill has to read what it did not compute itself: the shared prefix.
         context = (n - 1) * self.seen(shared - 1) if shared else 0
         total = self.step(tokens, n, attended, context)
+        # All but one of the steps read the layers' weights once more, for as many tokens as they hold.
         for _ in range(math.ceil(tokens / max_num_batched_tokens) - 1):
-            total += self.step(0, 0, 0, 0)
+            total += Work(0.0, self.dtype_bytes * self.layer_parameters_read(max_num_batched_tokens))
         for output in range(1, workload.output_len):
             seen = n * self.seen(length + output - 1)
             total += self.step(n, n, seen, seen)

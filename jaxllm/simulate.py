@@ -57,6 +57,8 @@ def figures_of(config: ModelConfig, dtype: str) -> ModelFigures:
         head_parameters=config.head_parameters,
         dtype_bytes=_DTYPE_BYTES[dtype],
         window=window,
+        moe=config.moe,
+        expert_parameters=config.expert_parameters,
     )
 
 

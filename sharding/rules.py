@@ -12,9 +12,10 @@ Rules = Mapping[str, str | None]
 
 # Logical axis -> mesh axis that splits it; None is held whole by every device. Megatron's split
 # (Shoeybi et al. 2019, section 3): attention by heads, the MLP by its inner width, the vocabulary
-# by rows; the residual stream ("embed") is whole everywhere.
+# by rows; the residual stream ("embed") is whole everywhere. Every device has a part of each expert.
 DEFAULT_RULES: Rules = {
     "embed": None,
+    "experts": None,
     "kv_heads": "tensor",
     "layers": "pipe",
     "mlp": "tensor",

@@ -96,11 +96,19 @@ class Attention(nnx.Module):
             dtype=dtype,
             feature_major=feature_major,
         )
-        if config.qk_norm:
+        if config.qk_norm is not None:
+            per_head = config.qk_norm == "head"
             feature_axis = -2 if feature_major else -1
-            self.q_norm = Norm(head_dim, "rms", config.norm_eps, dtype, feature_axis)
-            self.k_norm = Norm(head_dim, "rms", config.norm_eps, dtype, feature_axis)
-        self.qk_norm = config.qk_norm
+
+            def norm(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> Norm:
+                if per_head:
+                    shape, axes = shape[-1:], axes[-1:]
+                return Norm(shape, "rms", config.norm_eps, dtype, feature_axis, axes)
+
+            self.q_norm = norm((heads, group, head_dim), ("kv_heads", None, None))
+            self.k_norm = norm((heads, head_dim), ("kv_heads", None))
+        self.qk_norm = config.qk_norm is not None
+        self.qkv_clip = config.qkv_clip
         self.group = group
         self.scale = config.attention_scale
         self.feature_major = feature_major
@@ -122,6 +130,8 @@ class Attention(nnx.Module):
         q, k, v = qkv[*head, : self.group], qkv[*head, self.group], qkv[*head, self.group + 1]
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
+        if self.qkv_clip is not None:
+            q, k, v = (jnp.clip(heads, -self.qkv_clip, self.qkv_clip) for heads in (q, k, v))
         if inputs.rotation is not None:
             q, k = (rotate(heads, inputs.rotation, self.feature_major) for heads in (q, k))
         if self.feature_major:

@@ -29,6 +29,17 @@ class OneOfLayers:
     arrays: Sequence[jax.Array]
 
 
+@dataclass(frozen=True)
+class OneOfStack:
+    """A layer's weight within a stack [layers, ...], for kernels that read it there.
+
+    A scan would slice the stack, and for a kernel that is not XLA's own the slice is a copy.
+    """
+
+    index: jax.Array
+    stack: jax.Array
+
+
 def apply_weight(
     function: Callable[[jax.Array, jax.Array], jax.Array], weight: jax.Array | OneOfLayers, x: jax.Array
 ) -> jax.Array:

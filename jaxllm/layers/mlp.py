@@ -21,10 +21,14 @@ ACTIVATIONS: dict[Activation, Callable[[jax.Array], jax.Array]] = {
 
 
 class MLP(nnx.Module):
-    """down(act(gate(x)) * up(x)), or down(act(up(x))) where the family is not gated."""
+    """down(act(gate(x)) * up(x)), or down(act(up(x))) where the family is not gated.
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, feature_major: bool) -> None:
-        hidden, inner = config.hidden_size, config.intermediate_size
+    Args:
+        inner: width between the products.
+    """
+
+    def __init__(self, config: ModelConfig, inner: int, dtype: jnp.dtype, feature_major: bool) -> None:
+        hidden = config.hidden_size
         linear = functools.partial(Linear, bias=config.mlp_bias, dtype=dtype, feature_major=feature_major)
         if config.gated_mlp:
             self.gate_up = linear((2, inner), (hidden,), (None, "mlp"), ("embed",))

@@ -15,19 +15,30 @@ class Norm(nnx.Module):
     """Normalises over the features, in float32, and scales (LayerNorm also shifts).
 
     Args:
-        size: features.
+        shape: of the features that are normalised together; one dimension, or several.
         kind: "rms", or "layer" which has a bias.
-        feature_axis: which dimension holds the features; -1, or -2 where tokens are the last.
+        feature_axis: which dimension holds the features, the last of them where they are several; -1, or
+            -2 where tokens are the last.
+        axes: logical axes of the features; None is never split.
     """
 
-    def __init__(self, size: int, kind: str, eps: float, dtype: jnp.dtype, feature_axis: int) -> None:
-        self.weight = declare((size,), (None,), dtype)
-        self.bias = declare((size,), (None,), dtype) if kind == "layer" else None
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        kind: str,
+        eps: float,
+        dtype: jnp.dtype,
+        feature_axis: int,
+        axes: tuple[str | None, ...] | None = None,
+    ) -> None:
+        axes = (None,) * len(shape) if axes is None else axes
+        self.weight = declare(shape, axes, dtype)
+        self.bias = declare(shape, axes, dtype) if kind == "layer" else None
         self.eps = eps
-        self.feature_axis = feature_axis
+        self.feature_axes = tuple(range(feature_axis - len(shape) + 1, feature_axis + 1))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        axis = self.feature_axis
+        axis = self.feature_axes
         centred = x.astype(jnp.float32)
         if self.bias is not None:
             centred = centred - jnp.mean(centred, axis=axis, keepdims=True)
@@ -39,9 +50,9 @@ class Norm(nnx.Module):
 
     def _along_features(self, vector: jax.Array) -> jax.Array:
         vector = vector.astype(jnp.float32)
-        return vector if self.feature_axis == -1 else vector[:, None]
+        return vector if self.feature_axes[-1] == -1 else vector[..., None]
 
 
 def hidden_norm(config: ModelConfig, dtype: jnp.dtype, feature_major: bool) -> Norm:
     """A norm over the residual stream."""
-    return Norm(config.hidden_size, config.norm, config.norm_eps, dtype, -2 if feature_major else -1)
+    return Norm((config.hidden_size,), config.norm, config.norm_eps, dtype, -2 if feature_major else -1)

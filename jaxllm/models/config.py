@@ -61,6 +61,35 @@ class Pooler:
 
 
 @dataclass(frozen=True, slots=True)
+class MoEConfig:
+    """Experts in place of the MLP, of which every token takes a few (Shazeer et al. 2017; Jiang et al. 2024).
+
+    A router's softmax over all experts weighs the most probable ones.
+
+    Attributes:
+        num_experts: of each layer that has any.
+        experts_per_token: how many a token takes.
+        intermediate_size: inner width of an expert.
+        layers: numbers of the layers that have experts, ascending; the others have an MLP.
+        normalize_weights: the weights of a token's experts are divided by their sum, which is the same
+            as a softmax over the logits of those alone.
+        shared_intermediate_size: inner width of one more expert, which every token takes, through a
+            sigmoid gate of its own (Qwen2-MoE); 0 where there is none.
+    """
+
+    num_experts: int
+    experts_per_token: int
+    intermediate_size: int
+    layers: tuple[int, ...]
+    normalize_weights: bool
+    shared_intermediate_size: int = 0
+
+    def experts_read(self, num_tokens: int) -> float:
+        """How many experts of a layer so many tokens take, if each of them is as likely as the others."""
+        return self.num_experts * (1 - (1 - self.experts_per_token / self.num_experts) ** num_tokens)
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
     """Architecture of a transformer: a decoder, or an encoder of the same data flow.
 
@@ -72,7 +101,9 @@ class ModelConfig:
         norm: "rms" (RMSNorm) or "layer" (LayerNorm, with bias).
         norm_placement: "pre" normalises before attention and MLP, "post" after the residual sum.
         gated_mlp: down(act(gate(x)) * up(x)) where true, down(act(up(x))) otherwise.
-        qk_norm: RMSNorm over head_dim on queries and keys, before rotation.
+        qk_norm: RMSNorm on queries and keys, before rotation: over each "head", or over the whole
+            "width" of all of them (OLMoE).
+        qkv_clip: queries, keys and values are cut off at plus and minus this, after the norm (OLMoE).
         rope: None where positions are learned.
         num_learned_positions: rows of the learned position table, 0 where there is none.
         learned_position_offset: added to a position before the look-up (2 in OPT).
@@ -85,6 +116,7 @@ class ModelConfig:
         num_token_types: rows of the table of token types ("segments"), 0 where there is none.
         embedding_norm: whether a norm follows the embeddings.
         pooler: what becomes of the hidden states in a pooling model; None where the model generates.
+        moe: None where every layer has an MLP.
         dtype: what the checkpoint's config says its weights are.
     """
 
@@ -105,7 +137,8 @@ class ModelConfig:
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: Literal["head", "width"] | None = None
+    qkv_clip: float | None = None
     attention_scale: float = 1.0
     rope: RopeConfig | None = None
     num_learned_positions: int = 0
@@ -118,16 +151,36 @@ class ModelConfig:
     num_token_types: int = 0
     embedding_norm: bool = False
     pooler: Pooler | None = None
+    moe: MoEConfig | None = None
     dtype: str = "float32"
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
     @property
+    def mlp_layers(self) -> tuple[int, ...]:
+        """Numbers of the layers that have an MLP."""
+        sparse = () if self.moe is None else self.moe.layers
+        return tuple(layer for layer in range(self.num_layers) if layer not in sparse)
+
+    @property
     def layer_parameters(self) -> int:
-        """Weights of all layers' linear products, each of which is used once a token."""
-        attention = self.hidden_size * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
-        mlp = (3 if self.gated_mlp else 2) * self.hidden_size * self.intermediate_size
-        return self.num_layers * (attention + mlp)
+        """Weights of all layers' linear products that are used once a token."""
+        hidden = self.hidden_size
+        attention = hidden * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
+        mlp = (3 if self.gated_mlp else 2) * hidden * self.intermediate_size
+        total = self.num_layers * attention + len(self.mlp_layers) * mlp
+        if self.moe is not None:
+            shared = self.moe.shared_intermediate_size
+            router = hidden * (self.moe.num_experts + (1 if shared else 0))
+            total += len(self.moe.layers) * (router + 3 * hidden * shared)
+            total += self.moe.experts_per_token * self.expert_parameters
+        return total
+
+    @property
+    def expert_parameters(self) -> int:
+        """Weights of one expert of every layer that has any."""
+        moe = self.moe
+        return 0 if moe is None else len(moe.layers) * 3 * self.hidden_size * moe.intermediate_size
 
     @property
     def head_parameters(self) -> int:

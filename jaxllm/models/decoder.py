@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,9 @@ from jax import lax
 
 from jaxllm.layers.attention import Attention, AttentionInputs
 from jaxllm.layers.embedding import Embedding
-from jaxllm.layers.linear import Linear, OneOfLayers
+from jaxllm.layers.linear import Linear, OneOfLayers, OneOfStack
 from jaxllm.layers.mlp import MLP
+from jaxllm.layers.moe import MoE
 from jaxllm.layers.norm import hidden_norm
 from jaxllm.layers.pooler import PoolerHead
 from jaxllm.layers.rope import rotation_table
@@ -65,13 +67,17 @@ class TokenInputs:
 
 
 class DecoderLayer(nnx.Module):
-    """Attention and MLP, each with a norm and a residual sum."""
+    """Attention, and an MLP or experts, each with a norm and a residual sum."""
 
-    def __init__(self, config: ModelConfig, form: DecoderForm) -> None:
+    def __init__(self, config: ModelConfig, form: DecoderForm, *, has_experts: bool) -> None:
         self.attention_norm = hidden_norm(config, form.dtype, form.feature_major)
         self.attention = Attention(config, form.dtype, form.feature_major, form.attention_backend)
         self.mlp_norm = hidden_norm(config, form.dtype, form.feature_major)
-        self.mlp = MLP(config, form.dtype, form.feature_major)
+        self.mlp: MLP | MoE
+        if has_experts and config.moe is not None:
+            self.mlp = MoE(config, config.moe, form.dtype, form.feature_major)
+        else:
+            self.mlp = MLP(config, config.intermediate_size, form.dtype, form.feature_major)
         self.pre_norm = config.norm_placement == "pre"
 
     def __call__(
@@ -85,13 +91,16 @@ class DecoderLayer(nnx.Module):
         decode_only: bool,
     ) -> tuple[jax.Array, jax.Array]:
         attend = functools.partial(self.attention, window=window, decode_only=decode_only)
+        mlp: Callable[[jax.Array], jax.Array] = self.mlp  # type: ignore[assignment]
+        if isinstance(self.mlp, MoE):
+            mlp = functools.partial(self.mlp, num_tokens=inputs.query_starts[-1])
         if self.pre_norm:
             mixed, kv_pages = attend(self.attention_norm(x), kv_pages, layer, inputs)
             x = x + mixed
-            return x + self.mlp(self.mlp_norm(x)), kv_pages
+            return x + mlp(self.mlp_norm(x)), kv_pages
         mixed, kv_pages = attend(x, kv_pages, layer, inputs)
         x = self.attention_norm(x + mixed)
-        return self.mlp_norm(x + self.mlp(x)), kv_pages
+        return self.mlp_norm(x + mlp(x)), kv_pages
 
 
 class Trunk(nnx.Module):
@@ -158,14 +167,24 @@ class Decoder:
         self.config = config
         self.form = form
         self._trunk, self._trunk_params = _split(Trunk(config, form))
-        self._layer, self._layer_params = _split(DecoderLayer(config, form))
+        self._groups = _groups_of_like_layers(config)
+        self._layers = {
+            has_experts: _split(DecoderLayer(config, form, has_experts=has_experts))
+            for has_experts in sorted({group.has_experts for group in self._groups})
+        }
+        # Which layers have a parameter: all of them, those with experts, or those without.
+        self._layers_with: dict[str, list[int]] = {}
+        for group in self._groups:
+            for name, _ in self._layers[group.has_experts][1]:
+                self._layers_with.setdefault(name, []).extend(range(group.first, group.first + group.count))
 
     def parameter_specs(self) -> dict[str, ParameterSpec]:
         """Every parameter: name to shape and logical axes."""
         specs = {name: ParameterSpec(p.get_value().shape, p.logical_axes) for name, p in self._trunk_params}
-        for name, p in self._layer_params:
-            shape, axes = p.get_value().shape, p.logical_axes
-            specs[f"layers.{name}"] = ParameterSpec(shape, axes, self.config.num_layers)
+        for _, declared in self._layers.values():
+            for name, p in declared:
+                shape, axes = p.get_value().shape, p.logical_axes
+                specs[f"layers.{name}"] = ParameterSpec(shape, axes, len(self._layers_with[name]))
         return specs
 
     def __call__(
@@ -182,9 +201,9 @@ class Decoder:
             self._span_ends(inputs) if self.config.bidirectional and not decode_only else None,
         )
         x = trunk.embed_tokens(inputs.token_ids, inputs.positions, inputs.token_types)
-        for first, last, window in _groups_of_like_layers(self.config):
-            run = self._scan_layers if self.form.stack_layers else self._loop_over_layers
-            x, kv_pages = run(params, x, kv_pages, attention_inputs, first, last, window, decode_only)
+        run = self._scan_layers if self.form.stack_layers else self._loop_over_layers
+        for group in self._groups:
+            x, kv_pages = run(group, params, x, kv_pages, attention_inputs, decode_only)
         return x, kv_pages
 
     def logits(self, params: dict[str, Any], hidden: jax.Array, rows: jax.Array) -> jax.Array:
@@ -212,64 +231,77 @@ class Decoder:
 
     def _loop_over_layers(
         self,
+        group: _LikeLayers,
         params: dict[str, Any],
         x: jax.Array,
         kv_pages: jax.Array,
         inputs: AttentionInputs,
-        first: int,
-        last: int,
-        window: int | None,
         decode_only: bool,
     ) -> tuple[jax.Array, jax.Array]:
+        by_layer = self._parameters_of(group, params)
         # Biases and scales are small enough to stack and slice; matrices stay where they are.
-        by_layer = {name: params[f"layers.{name}"] for name, _ in self._layer_params}
-        matrices = {n: a for n, a in by_layer.items() if n.endswith(".weight") and a[0].ndim > 1}
-        small = {n: jnp.stack(a) for n, a in by_layer.items() if n not in matrices}
+        small = {n: jnp.stack(a) for n, a in by_layer.items() if n.endswith((".bias", "norm.weight"))}
+        matrices = {n: a for n, a in by_layer.items() if n not in small}
 
         def body(index: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             own: dict[str, Any] = {name: OneOfLayers(index, arrays) for name, arrays in matrices.items()}
             own |= {name: stack[index] for name, stack in small.items()}
-            return self._run_layer(own, *carry, index, inputs, window=window, decode_only=decode_only)
+            return self._run_layer(group, own, *carry, group.first + index, inputs, decode_only)
 
-        return lax.fori_loop(first, last, body, (x, kv_pages))
+        return lax.fori_loop(0, group.count, body, (x, kv_pages))
+
+    def _scan_layers(
+        self,
+        group: _LikeLayers,
+        params: dict[str, Any],
+        x: jax.Array,
+        kv_pages: jax.Array,
+        inputs: AttentionInputs,
+        decode_only: bool,
+    ) -> tuple[jax.Array, jax.Array]:
+        # Grouped products read a layer's experts within the stack; the scan slices everything else.
+        experts = {
+            name: (params[f"layers.{name}"], self._layers_with[name].index(group.first))
+            for name, param in self._layers[group.has_experts][1]
+            if "experts" in param.logical_axes
+        }
+        parts = self._parameters_of(group, params)
+        stacked = {name: part for name, part in parts.items() if name not in experts}
+
+        def body(
+            carry: tuple[jax.Array, jax.Array], xs: tuple[dict[str, jax.Array], jax.Array]
+        ) -> tuple[tuple[jax.Array, jax.Array], None]:
+            own, index = xs
+            all_own: dict[str, Any] = dict(own)
+            for name, (stack, first) in experts.items():
+                all_own[name] = OneOfStack(first + index, stack)
+            return self._run_layer(group, all_own, *carry, group.first + index, inputs, decode_only), None
+
+        indices = jnp.arange(group.count, dtype=jnp.int32)
+        (x, kv_pages), _ = lax.scan(body, (x, kv_pages), (stacked, indices))
+        return x, kv_pages
 
     def _run_layer(
         self,
+        group: _LikeLayers,
         params: dict[str, Any],
         x: jax.Array,
         kv_pages: jax.Array,
         index: jax.Array,
         inputs: AttentionInputs,
-        *,
-        window: int | None,
         decode_only: bool,
     ) -> tuple[jax.Array, jax.Array]:
-        layer = _merge(self._layer, self._layer_params, params)
-        return layer(x, kv_pages, index, inputs, window=window, decode_only=decode_only)  # type: ignore[no-any-return]
+        layer = _merge(*self._layers[group.has_experts], params)
+        return layer(x, kv_pages, index, inputs, window=group.window, decode_only=decode_only)  # type: ignore[no-any-return]
 
-    def _scan_layers(
-        self,
-        params: dict[str, Any],
-        x: jax.Array,
-        kv_pages: jax.Array,
-        inputs: AttentionInputs,
-        first: int,
-        last: int,
-        window: int | None,
-        decode_only: bool,
-    ) -> tuple[jax.Array, jax.Array]:
-        stacked = {name: params[f"layers.{name}"] for name, _ in self._layer_params}
-        if (first, last) != (0, self.config.num_layers):
-            stacked = {name: array[first:last] for name, array in stacked.items()}
-
-        def body(
-            carry: tuple[jax.Array, jax.Array], xs: tuple[dict[str, jax.Array], jax.Array]
-        ) -> tuple[tuple[jax.Array, jax.Array], None]:
-            return self._run_layer(xs[0], *carry, xs[1], inputs, window=window, decode_only=decode_only), None
-
-        indices = jnp.arange(first, last, dtype=jnp.int32)
-        (x, kv_pages), _ = lax.scan(body, (x, kv_pages), (stacked, indices))
-        return x, kv_pages
+    def _parameters_of(self, group: _LikeLayers, params: dict[str, Any]) -> dict[str, Any]:
+        """The group's part of each of its parameters, by its name within a layer."""
+        parts = {}
+        for name, _ in self._layers[group.has_experts][1]:
+            whole, start = params[f"layers.{name}"], self._layers_with[name].index(group.first)
+            is_part = group.count < len(self._layers_with[name])
+            parts[name] = whole[start : start + group.count] if is_part else whole
+        return parts
 
 
 def parameter_specs(config: ModelConfig) -> dict[str, ParameterSpec]:
@@ -278,13 +310,24 @@ def parameter_specs(config: ModelConfig) -> dict[str, ParameterSpec]:
     return Decoder(config, form).parameter_specs()
 
 
-def _groups_of_like_layers(config: ModelConfig) -> list[tuple[int, int, int | None]]:
-    """(first, last + 1, window) of each run of layers that differ in nothing but their weights."""
+@dataclass(frozen=True, slots=True)
+class _LikeLayers:
+    """Consecutive layers that differ in nothing but their weights."""
+
+    first: int
+    count: int
+    window: int | None
+    has_experts: bool
+
+
+def _groups_of_like_layers(config: ModelConfig) -> list[_LikeLayers]:
     windows = config.layer_windows or (None,) * config.num_layers
+    sparse = () if config.moe is None else config.moe.layers
+    kinds = [(window, layer in sparse) for layer, window in enumerate(windows)]
     groups, first = [], 0
-    for window, run in itertools.groupby(windows):
+    for (window, has_experts), run in itertools.groupby(kinds):
         count = len(list(run))
-        groups.append((first, first + count, window))
+        groups.append(_LikeLayers(first, count, window, has_experts))
         first += count
     return groups
 

@@ -13,10 +13,33 @@ from typing import Any
 from jaxllm.errors import ConfigError, UnsupportedModelError
 from jaxllm.models.config import Activation, ModelConfig
 from jaxllm.models.encoders import BERT_DEFAULTS, ROBERTA_DEFAULTS, bert_config
+from jaxllm.models.expert_fields import (
+    EXPERTS_ALIASES,
+    MIXTRAL_DEFAULTS,
+    OLMOE_DEFAULTS,
+    QWEN2_MOE_DEFAULTS,
+    QWEN3_MOE_DEFAULTS,
+    experts_in_every_layer,
+    experts_in_some_layers,
+)
 from jaxllm.models.fields import ConfigFields
 from jaxllm.models.pooler_fields import read_pooler
 from jaxllm.models.rope_fields import read_rope, served_positions
-from jaxllm.models.tables import CheckpointTable, bert_table, gpt2_table, llama_table, opt_table
+from jaxllm.models.tables import (
+    CheckpointTable,
+    bert_table,
+    gpt2_table,
+    llama_table,
+    mixtral_table,
+    opt_table,
+)
+from jaxllm.models.window_fields import (
+    no_windows,
+    qwen2_moe_windows,
+    qwen3_moe_windows,
+    qwen_windows,
+    same_window,
+)
 
 _ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
@@ -168,7 +191,7 @@ def _llama(fields: ConfigFields) -> ModelConfig:
     bias = fields.boolean("attention_bias", False)
     return _rotary(
         fields,
-        _no_windows,
+        no_windows,
         qkv_bias=bias,
         output_bias=bias,
         mlp_bias=fields.boolean("mlp_bias", False),
@@ -176,16 +199,55 @@ def _llama(fields: ConfigFields) -> ModelConfig:
 
 
 def _mistral(fields: ConfigFields) -> ModelConfig:
-    return _rotary(fields, lambda f, layers: (f.optional_integer("sliding_window"),) * layers)
+    return _rotary(fields, same_window)
 
 
 def _qwen2(fields: ConfigFields) -> ModelConfig:
-    return _rotary(fields, _qwen_windows, qkv_bias=True)
+    return _rotary(fields, qwen_windows, qkv_bias=True)
 
 
 def _qwen3(fields: ConfigFields) -> ModelConfig:
     bias = fields.boolean("attention_bias", False)
-    return _rotary(fields, _qwen_windows, qk_norm=True, qkv_bias=bias, output_bias=bias)
+    return _rotary(fields, qwen_windows, qk_norm="head", qkv_bias=bias, output_bias=bias)
+
+
+def _mixtral(fields: ConfigFields) -> ModelConfig:
+    return _rotary(fields, same_window, moe=experts_in_every_layer(fields, normalize_weights=True))
+
+
+def _qwen2_moe(fields: ConfigFields) -> ModelConfig:
+    return _rotary(
+        fields,
+        qwen2_moe_windows,
+        qkv_bias=fields.boolean("qkv_bias", True),
+        moe=experts_in_some_layers(fields, fields.integer("shared_expert_intermediate_size")),
+    )
+
+
+def _qwen3_moe(fields: ConfigFields) -> ModelConfig:
+    bias = fields.boolean("attention_bias", False)
+    return _rotary(
+        fields,
+        qwen3_moe_windows,
+        qk_norm="head",
+        qkv_bias=bias,
+        output_bias=bias,
+        moe=experts_in_some_layers(fields),
+    )
+
+
+def _olmoe(fields: ConfigFields) -> ModelConfig:
+    bias = fields.boolean("attention_bias", False)
+    normalize = fields.boolean("norm_topk_prob", False)
+    return _rotary(
+        fields,
+        no_windows,
+        qk_norm="width",
+        qkv_clip=None if fields.get("clip_qkv") is None else fields.number("clip_qkv", 0.0),
+        qkv_bias=bias,
+        output_bias=bias,
+        moe=experts_in_every_layer(fields, normalize_weights=normalize),
+    )
 
 
 def _opt(fields: ConfigFields) -> ModelConfig:
@@ -247,32 +309,6 @@ def _roberta(fields: ConfigFields) -> ModelConfig:
     return bert_config(fields, _common(fields), _ACTIVATIONS, roberta=True)
 
 
-def _no_windows(fields: ConfigFields, num_layers: int) -> tuple[int | None, ...]:
-    return (None,) * num_layers
-
-
-def _qwen_windows(fields: ConfigFields, num_layers: int) -> tuple[int | None, ...]:
-    """Windows by `layer_types` where given, else in every layer from `max_window_layers` on."""
-    enabled = fields.boolean("use_sliding_window", False)
-    window = fields.optional_integer("sliding_window")
-    first = fields.optional_integer("max_window_layers", minimum=0)
-    kinds = fields.get("layer_types")
-    window = window if enabled else None
-    if kinds is None:
-        first = 28 if first is None else first
-        return tuple(window if i >= first else None for i in range(num_layers))
-    allowed = ("full_attention", "sliding_attention")
-    if not isinstance(kinds, list) or len(kinds) != num_layers or any(kind not in allowed for kind in kinds):
-        raise fields.wrong("layer_types", kinds, f"a list of {num_layers}, each one of {', '.join(allowed)}")
-    if "sliding_attention" in kinds and window is None:
-        raise ConfigError(
-            "config.json has layer_types with 'sliding_attention', but use_sliding_window is false or "
-            "sliding_window is null; set both",
-            param="layer_types",
-        )
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
-
-
 def _dtype(fields: ConfigFields) -> str:
     name = "dtype" if fields.get("dtype") is not None else "torch_dtype"
     value = fields.get(name)
@@ -310,6 +346,10 @@ FAMILIES: Mapping[str, Family] = {
     "Qwen3ForCausalLM": Family(
         _qwen3, llama_table, {"max_position_embeddings": 32768, "sliding_window": 4096, "head_dim": 128}
     ),
+    "MixtralForCausalLM": Family(_mixtral, mixtral_table, MIXTRAL_DEFAULTS, EXPERTS_ALIASES),
+    "Qwen2MoeForCausalLM": Family(_qwen2_moe, llama_table, QWEN2_MOE_DEFAULTS, EXPERTS_ALIASES),
+    "Qwen3MoeForCausalLM": Family(_qwen3_moe, llama_table, QWEN3_MOE_DEFAULTS, EXPERTS_ALIASES),
+    "OlmoeForCausalLM": Family(_olmoe, llama_table, OLMOE_DEFAULTS, EXPERTS_ALIASES),
     "OPTForCausalLM": Family(
         _opt,
         opt_table,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -32,12 +32,12 @@ class SafetensorsSource:
         self._specs = specs
         self._pieces: dict[str, list[Piece]] = {}
         table = checkpoint_table(config)
-        for piece in table.pieces:
-            self._pieces.setdefault(piece.parameter, []).append(piece)
-        _check_table(specs, self._pieces)
         self._checkpoint = SafetensorsCheckpoint(directory)
         # Table name -> name on disk.
         self._names = _without_prefixes(self._checkpoint, table)
+        for piece in (*table.pieces, *_alternative_in_use(table, self._names)):
+            self._pieces.setdefault(piece.parameter, []).append(piece)
+        _check_table(specs, self._pieces)
         self._check(config, table)
 
     def read(self, parameter: str, layer: int | None, region: Region, out: np.ndarray) -> None:
@@ -47,7 +47,7 @@ class SafetensorsSource:
             if within is not None:
                 target, source = within
                 self._checkpoint.copy(
-                    self._names[piece.tensor.format(layer=layer)],
+                    self._names[piece.name(layer)],
                     factors=tuple(size for group in piece.factors for size in group),
                     order=piece.order,
                     region=source,
@@ -55,7 +55,12 @@ class SafetensorsSource:
                 )
 
     def _check(self, config: ModelConfig, table: CheckpointTable) -> None:
-        expected = dict(_expected_tensors(self._specs, table))
+        expected = {
+            name: piece.disk_shape
+            for pieces in self._pieces.values()
+            for piece in pieces
+            for name in piece.names
+        }
         tensors = {name: self._checkpoint.tensors[stored] for name, stored in self._names.items()}
         ignored = re.compile("|".join(f"(?:{pattern})" for pattern in table.ignored) or r"(?!)")
         problems = {
@@ -113,14 +118,13 @@ def _without_prefixes(checkpoint: SafetensorsCheckpoint, table: CheckpointTable)
     return names
 
 
-def _expected_tensors(
-    specs: Mapping[str, ParameterSpec], table: CheckpointTable
-) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every tensor that the table reads."""
-    for piece in table.pieces:
-        layers = specs[piece.parameter].num_layers
-        for layer in range(1 if layers is None else layers):
-            yield piece.tensor.format(layer=layer), piece.disk_shape
+def _alternative_in_use(table: CheckpointTable, names: Mapping[str, str]) -> tuple[Piece, ...]:
+    """The one of the alternatives of which the checkpoint holds most tensors."""
+    return max(
+        table.alternatives,
+        key=lambda pieces: sum(name in names for piece in pieces for name in piece.names),
+        default=(),
+    )
 
 
 def _check_table(specs: Mapping[str, ParameterSpec], pieces: Mapping[str, list[Piece]]) -> None:
@@ -128,8 +132,8 @@ def _check_table(specs: Mapping[str, ParameterSpec], pieces: Mapping[str, list[P
     for name in specs.keys() | pieces.keys():
         filled = sum(math.prod(piece.disk_shape) for piece in pieces.get(name, []))
         declared = math.prod(specs[name].shape) if name in specs else 0
-        per_layer = name in specs and specs[name].num_layers is not None
-        if filled != declared or any(piece.per_layer != per_layer for piece in pieces[name]):
+        num_layers = (specs[name].num_layers if name in specs else None) or 0
+        if filled != declared or any(len(piece.layers) != num_layers for piece in pieces[name]):
             raise CheckpointError(
                 f"the decoder declares {declared} elements of parameter {name!r}, and the family's "
                 "checkpoint "

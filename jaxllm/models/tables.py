@@ -2,8 +2,9 @@
 
 A pattern such as `(k g h) d -> k g h d` says how the axes of a tensor on disk lie in a parameter
 of ours: `k` KV heads, `g` queries per KV head, `h` head_dim, `d` hidden size (`c` too, where both
-sides have it), `e` embedding width, `f` MLP width, `v` vocabulary, `n` learned positions, `t` token
-types, `l` labels; digits stand for themselves.
+sides have it), `e` embedding width, `f` MLP width, `x` experts, `i` width of an expert, `s` width of
+the shared expert, `v` vocabulary, `n` learned positions, `t` token types, `l` labels; digits stand for
+themselves.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from jaxllm.models.config import ModelConfig
+from jaxllm.models.config import ModelConfig, MoEConfig
 
 Index = tuple[int | slice, ...]
 
@@ -27,6 +28,7 @@ class Piece:
         factors: sizes of the named axes on disk, grouped by the dimensions they are packed into.
         order: for each axis of the filled part, its place among the flattened `factors`.
         at: which part of the parameter it fills: basic indices of the leading axes; () is all.
+        layers: numbers of the layers that have one; () where it is not per layer.
     """
 
     tensor: str
@@ -34,14 +36,20 @@ class Piece:
     factors: tuple[tuple[int, ...], ...]
     order: tuple[int, ...]
     at: Index = ()
+    layers: tuple[int, ...] = ()
 
     @property
     def disk_shape(self) -> tuple[int, ...]:
         return tuple(math.prod(group) for group in self.factors)
 
+    def name(self, index: int | None) -> str:
+        """The tensor's name, for a per-layer one that of the layer at this place in `layers`."""
+        return self.tensor if index is None else self.tensor.format(layer=self.layers[index])
+
     @property
-    def per_layer(self) -> bool:
-        return "{layer}" in self.tensor
+    def names(self) -> tuple[str, ...]:
+        """Names in every layer."""
+        return tuple(map(self.name, range(len(self.layers)))) if self.layers else (self.tensor,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +57,8 @@ class CheckpointTable:
     """All that a checkpoint of a family may hold.
 
     Attributes:
-        pieces: together they fill every parameter once.
+        pieces: they fill every parameter once, together with one of the alternatives where there are any.
+        alternatives: other ways to store the remaining parameters, of which a checkpoint uses one.
         prefixes: of tensor names, of which a checkpoint may carry any one or none.
         ignored: regular expressions, whole names without prefix, of tensors that carry nothing.
         tied: a tensor that may be stored although it is the same as another one, and that other.
@@ -59,6 +68,7 @@ class CheckpointTable:
     prefixes: tuple[str, ...]
     ignored: tuple[str, ...] = ()
     tied: tuple[str, str] | None = None
+    alternatives: tuple[tuple[Piece, ...], ...] = ()
 
 
 class _TableBuilder:
@@ -74,14 +84,26 @@ class _TableBuilder:
             "c": config.hidden_size,
             "e": config.embedding_dim,
             "f": config.intermediate_size,
+            "x": config.moe.num_experts if config.moe else 0,
+            "i": config.moe.intermediate_size if config.moe else 0,
+            "s": config.moe.shared_intermediate_size if config.moe else 0,
             "v": config.vocab_size,
             "n": config.num_learned_positions,
             "t": config.num_token_types,
             "l": 0 if config.pooler is None else len(config.pooler.labels),
         }
+        self._layers = tuple(range(config.num_layers))
         self.pieces: list[Piece] = []
 
-    def add(self, tensor: str, parameter: str, pattern: str, at: Index = ()) -> None:
+    def add(
+        self,
+        tensor: str,
+        parameter: str,
+        pattern: str,
+        at: Index = (),
+        layers: tuple[int, ...] | None = None,
+    ) -> None:
+        """Adds a piece, which is in the layers given (None is all) where its name has a {layer}."""
         on_disk, _, in_parameter = pattern.partition("->")
         groups = [match.strip("()").split() for match in re.findall(r"\([^)]*\)|\S+", on_disk)]
         names = [name for group in groups for name in group]
@@ -89,18 +111,40 @@ class _TableBuilder:
         factors = tuple(
             tuple(int(name) if name.isdigit() else self._sizes[name] for name in group) for group in groups
         )
-        self.pieces.append(Piece(tensor, parameter, factors, order, at))
+        layers = (self._layers if layers is None else layers) if "{layer}" in tensor else ()
+        self.pieces.append(Piece(tensor, parameter, factors, order, at, layers))
 
     def linear(
-        self, tensor: str, parameter: str, weight: str, bias: str | None = None, at: Index = ()
+        self,
+        tensor: str,
+        parameter: str,
+        weight: str,
+        bias: str | None = None,
+        at: Index = (),
+        layers: tuple[int, ...] | None = None,
     ) -> None:
-        self.add(f"{tensor}.weight", f"{parameter}.weight", weight, at)
+        self.add(f"{tensor}.weight", f"{parameter}.weight", weight, at, layers)
         if bias is not None:
-            self.add(f"{tensor}.bias", f"{parameter}.bias", bias, at)
+            self.add(f"{tensor}.bias", f"{parameter}.bias", bias, at, layers)
 
 
-def llama_table(config: ModelConfig) -> CheckpointTable:
-    """Llama, Mistral, Qwen2, Qwen3."""
+@dataclass(frozen=True, slots=True)
+class _ExpertNames:
+    """What a family calls the block of experts within a layer, and the three products of one of them."""
+
+    block: str = "mlp"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+
+
+def mixtral_table(config: ModelConfig) -> CheckpointTable:
+    """Mixtral, which differs from `llama_table` in what its experts are called."""
+    return llama_table(config, _ExpertNames("block_sparse_moe", "w1", "w3", "w2"))
+
+
+def llama_table(config: ModelConfig, names: _ExpertNames = _ExpertNames()) -> CheckpointTable:
+    """Llama, Mistral, Qwen2, Qwen3; with experts Qwen2-MoE, Qwen3-MoE, OLMoE."""
     table, layer = _TableBuilder(config), "layers.{layer}"
     heads: tuple[tuple[str, Index, str], ...] = (
         ("q_proj", (slice(None), table.queries), "k g h"),
@@ -113,8 +157,10 @@ def llama_table(config: ModelConfig) -> CheckpointTable:
         bias = f"({axes}) -> {axes}" if config.qkv_bias else None
         table.linear(f"{layer}.self_attn.{name}", "layers.attention.qkv", f"({axes}) d -> {axes} d", bias, at)
     if config.qk_norm:
-        table.add(f"{layer}.self_attn.q_norm.weight", "layers.attention.q_norm.weight", "h")
-        table.add(f"{layer}.self_attn.k_norm.weight", "layers.attention.k_norm.weight", "h")
+        per_head = config.qk_norm == "head"
+        for name, axes in (("q_norm", "k g h"), ("k_norm", "k h")):
+            pattern = "h" if per_head else f"({axes}) -> {axes}"
+            table.add(f"{layer}.self_attn.{name}.weight", f"layers.attention.{name}.weight", pattern)
     table.linear(
         f"{layer}.self_attn.o_proj",
         "layers.attention.output",
@@ -122,11 +168,15 @@ def llama_table(config: ModelConfig) -> CheckpointTable:
         "d" if config.output_bias else None,
     )
     table.add(f"{layer}.post_attention_layernorm.weight", "layers.mlp_norm.weight", "d")
-    for part, name in enumerate(("gate_proj", "up_proj")):
-        table.linear(
-            f"{layer}.mlp.{name}", "layers.mlp.gate_up", "f d", "f" if config.mlp_bias else None, (part,)
-        )
-    table.linear(f"{layer}.mlp.down_proj", "layers.mlp.down", "d f", "d" if config.mlp_bias else None)
+    if config.mlp_layers:
+        _add_gated_mlp(table, f"{layer}.mlp", "layers.mlp", "f", config.mlp_layers, bias=config.mlp_bias)
+    alternatives: tuple[tuple[Piece, ...], ...] = ()
+    if config.moe is not None:
+        if config.moe.shared_intermediate_size:
+            shared = f"{layer}.mlp.shared_expert"
+            _add_gated_mlp(table, shared, "layers.mlp.shared", "s", config.moe.layers, bias=False)
+            table.add(f"{shared}_gate.weight", "layers.mlp.shared_gate.weight", "1 d", (), config.moe.layers)
+        alternatives = (_experts_apart(config, config.moe, names), _experts_fused(config, config.moe))
     table.add("norm.weight", "final_norm.weight", "d")
     return _finish(
         table,
@@ -134,7 +184,50 @@ def llama_table(config: ModelConfig) -> CheckpointTable:
         prefixes=("model.",),
         ignored=(r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",),
         embedding="embed_tokens.weight",
+        alternatives=alternatives,
     )
+
+
+def _add_gated_mlp(
+    table: _TableBuilder, tensors: str, parameters: str, width: str, layers: tuple[int, ...], *, bias: bool
+) -> None:
+    for part, name in enumerate(("gate_proj", "up_proj")):
+        table.linear(
+            f"{tensors}.{name}",
+            f"{parameters}.gate_up",
+            f"{width} d",
+            width if bias else None,
+            (part,),
+            layers,
+        )
+    table.linear(
+        f"{tensors}.down_proj", f"{parameters}.down", f"d {width}", "d" if bias else None, (), layers
+    )
+
+
+def _experts_apart(config: ModelConfig, moe: MoEConfig, names: _ExpertNames) -> tuple[Piece, ...]:
+    """The router and the experts as published: every expert's products are tensors of their own."""
+    table, block = _TableBuilder(config), f"layers.{{layer}}.{names.block}"
+    table.add(f"{block}.gate.weight", "layers.mlp.router.weight", "x d", (), moe.layers)
+    for expert in range(moe.num_experts):
+        one, ours = f"{block}.experts.{expert}", "layers.mlp.experts"
+        for part, name in enumerate((names.gate, names.up)):
+            at = (expert, slice(None), part)
+            table.add(f"{one}.{name}.weight", f"{ours}.gate_up.weight", "i d -> d i", at, moe.layers)
+        table.add(f"{one}.{names.down}.weight", f"{ours}.down.weight", "d i -> i d", (expert,), moe.layers)
+    return tuple(table.pieces)
+
+
+def _experts_fused(config: ModelConfig, moe: MoEConfig) -> tuple[Piece, ...]:
+    """The same as transformers 5 holds them in memory, and saves them with save_original_format=False."""
+    table, block = _TableBuilder(config), "layers.{layer}.mlp"
+    table.add(f"{block}.gate.weight", "layers.mlp.router.weight", "x d", (), moe.layers)
+    ours = "layers.mlp.experts"
+    table.add(
+        f"{block}.experts.gate_up_proj", f"{ours}.gate_up.weight", "x (2 i) d -> x d 2 i", (), moe.layers
+    )
+    table.add(f"{block}.experts.down_proj", f"{ours}.down.weight", "x d i -> x i d", (), moe.layers)
+    return tuple(table.pieces)
 
 
 def opt_table(config: ModelConfig) -> CheckpointTable:
@@ -238,13 +331,15 @@ def _finish(
     prefixes: tuple[str, ...],
     embedding: str,
     ignored: tuple[str, ...] = (),
+    alternatives: tuple[tuple[Piece, ...], ...] = (),
 ) -> CheckpointTable:
     if config.pooler is not None:
         if config.pooler.labels:
             bias = "l" if config.pooler.classifier_bias else None
             table.linear("score", "pooler.classifier", "l d", bias)
         # A model that generates may be run as one that embeds; nothing reads its output head then.
-        return CheckpointTable(tuple(table.pieces), prefixes, (*ignored, r"lm_head\.weight"))
+        ignored = (*ignored, r"lm_head\.weight")
+        return CheckpointTable(tuple(table.pieces), prefixes, ignored, alternatives=alternatives)
     if not config.tie_word_embeddings:
         table.add("lm_head.weight", "lm_head.weight", "v e")
     return CheckpointTable(
@@ -252,4 +347,5 @@ def _finish(
         prefixes=prefixes,
         ignored=ignored,
         tied=("lm_head.weight", embedding) if config.tie_word_embeddings else None,
+        alternatives=alternatives,
     )

@@ -21,7 +21,8 @@ from tests.parity.reference_forward import forward
 FORMS = [(feature_major, stacked) for feature_major in (False, True) for stacked in (False, True)]
 # Between the two, every field of the decoder: gates, biases, norms of both kinds and places, query-key
 # norm, learned and rotary positions, projections, tied and untied heads, windows in some layers.
-NAMES = ("qwen2-layer-types", "opt-post-norm-projected")
+# With experts: in some layers only, with a shared one, with a norm over all heads.
+NAMES = ("qwen2-layer-types", "opt-post-norm-projected", "qwen2-moe-every-other-layer", "olmoe-clipped")
 PAGE_SIZE = 4
 # A prompt in the second chunk of its prefill, an empty row, a decode, and a prompt that begins.
 CONTEXTS, QUERIES = (6, 0, 17, 0), (9, 0, 1, 12)
@@ -30,7 +31,9 @@ CONTEXTS, QUERIES = (6, 0, 17, 0), (9, 0, 1, 12)
 @functools.cache
 def model(name: str) -> ModelConfig:
     config = translate_config(dict(CASES[name].config), {})
-    return replace(config, qk_norm=True, output_bias=True, mlp_bias=True) if config.gated_mlp else config
+    if config.gated_mlp and config.moe is None:
+        return replace(config, qk_norm="head", output_bias=True, mlp_bias=True)
+    return config
 
 
 @functools.cache

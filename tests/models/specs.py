@@ -12,8 +12,10 @@ def make_specs(config: ModelConfig) -> dict[str, ParameterSpec]:
     kv_heads, groups = config.num_kv_heads, config.queries_per_kv_head
     specs: dict[str, ParameterSpec] = {}
 
-    def add(name: str, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> None:
-        specs[name] = ParameterSpec(shape, axes, config.num_layers if name.startswith("layers.") else None)
+    def add(
+        name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], num_layers: int = config.num_layers
+    ) -> None:
+        specs[name] = ParameterSpec(shape, axes, num_layers if name.startswith("layers.") else None)
 
     def add_norm(name: str) -> None:
         add(f"{name}.weight", (hidden,), (None,))
@@ -31,25 +33,40 @@ def make_specs(config: ModelConfig) -> dict[str, ParameterSpec]:
     add(f"{qkv}.weight", (kv_heads, groups + 2, head_dim, hidden), ("kv_heads", None, None, "embed"))
     if config.qkv_bias:
         add(f"{qkv}.bias", (kv_heads, groups + 2, head_dim), ("kv_heads", None, None))
-    if config.qk_norm:
+    if config.qk_norm == "head":
         add("layers.attention.q_norm.weight", (head_dim,), (None,))
         add("layers.attention.k_norm.weight", (head_dim,), (None,))
+    if config.qk_norm == "width":
+        add("layers.attention.q_norm.weight", (kv_heads, groups, head_dim), ("kv_heads", None, None))
+        add("layers.attention.k_norm.weight", (kv_heads, head_dim), ("kv_heads", None))
     output = "layers.attention.output"
     add(f"{output}.weight", (hidden, kv_heads, groups, head_dim), ("embed", "kv_heads", None, None))
     if config.output_bias:
         add(f"{output}.bias", (hidden,), ("embed",))
     add_norm("layers.mlp_norm")
-    if config.gated_mlp:
-        add("layers.mlp.gate_up.weight", (2, inner, hidden), (None, "mlp", "embed"))
-    else:
-        add("layers.mlp.up.weight", (inner, hidden), ("mlp", "embed"))
-    add("layers.mlp.down.weight", (hidden, inner), ("embed", "mlp"))
-    if config.mlp_bias:
+    num_mlps = config.num_layers - (len(config.moe.layers) if config.moe else 0)
+    if num_mlps:
         if config.gated_mlp:
-            add("layers.mlp.gate_up.bias", (2, inner), (None, "mlp"))
+            add("layers.mlp.gate_up.weight", (2, inner, hidden), (None, "mlp", "embed"), num_mlps)
         else:
-            add("layers.mlp.up.bias", (inner,), ("mlp",))
-        add("layers.mlp.down.bias", (hidden,), ("embed",))
+            add("layers.mlp.up.weight", (inner, hidden), ("mlp", "embed"), num_mlps)
+        add("layers.mlp.down.weight", (hidden, inner), ("embed", "mlp"), num_mlps)
+        if config.mlp_bias:
+            if config.gated_mlp:
+                add("layers.mlp.gate_up.bias", (2, inner), (None, "mlp"), num_mlps)
+            else:
+                add("layers.mlp.up.bias", (inner,), ("mlp",), num_mlps)
+            add("layers.mlp.down.bias", (hidden,), ("embed",), num_mlps)
+    if config.moe:
+        experts, inner, count = config.moe.num_experts, config.moe.intermediate_size, len(config.moe.layers)
+        add("layers.mlp.router.weight", (experts, hidden), (None, "embed"), count)
+        gate_up = (experts, hidden, 2, inner)
+        add("layers.mlp.experts.gate_up.weight", gate_up, ("experts", "embed", None, "mlp"), count)
+        add("layers.mlp.experts.down.weight", (experts, inner, hidden), ("experts", "mlp", "embed"), count)
+        if shared := config.moe.shared_intermediate_size:
+            add("layers.mlp.shared.gate_up.weight", (2, shared, hidden), (None, "mlp", "embed"), count)
+            add("layers.mlp.shared.down.weight", (hidden, shared), ("embed", "mlp"), count)
+            add("layers.mlp.shared_gate.weight", (1, hidden), (None, "embed"), count)
     if config.final_norm:
         add_norm("final_norm")
     if not config.tie_word_embeddings:

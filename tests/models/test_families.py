@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from jaxllm.errors import ConfigError, JaxLLMError, UnsupportedModelError
-from jaxllm.models.config import ModelConfig, RopeConfig
+from jaxllm.models.config import ModelConfig, MoEConfig, RopeConfig
 from jaxllm.models.families import FAMILIES, translate_config
 from tests.models.checkpoints import LLAMA
 from tests.parity.cases import CASES
@@ -165,7 +165,7 @@ def test_llama_3_1() -> None:
 def test_qwen2_without_windows_although_it_names_one() -> None:
     config = translate_config(QWEN2_5_7B)
     assert config.layer_windows == (None,) * 28
-    assert (config.qkv_bias, config.output_bias, config.qk_norm) == (True, False, False)
+    assert (config.qkv_bias, config.output_bias, config.qk_norm) == (True, False, None)
     windowed = translate_config(QWEN2_5_7B, {"use_sliding_window": True, "max_window_layers": 26})
     assert windowed.layer_windows == (None,) * 26 + (131072,) * 2
 
@@ -197,6 +197,133 @@ def test_mistral_windows_are_in_every_layer() -> None:
     assert translate_config({**values, "sliding_window": None}).layer_windows == (None, None)
     # The class's default, where the file is silent.
     assert translate_config(values).layer_windows == (4096, 4096)
+
+
+QWEN3_30B_A3B: dict[str, Any] = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "decoder_sparse_step": 1,
+    "eos_token_id": 151645,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 6144,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 48,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "output_router_logits": False,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000.0,
+    "router_aux_loss_coef": 0.001,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.51.0",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+MIXTRAL_8X7B: dict[str, Any] = {
+    "architectures": ["MixtralForCausalLM"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "model_type": "mixtral",
+    "num_attention_heads": 32,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "output_router_logits": False,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 1000000.0,
+    "router_aux_loss_coef": 0.02,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.36.0.dev0",
+    "use_cache": True,
+    "vocab_size": 32000,
+}
+
+
+def test_mixtures_of_experts() -> None:
+    config = translate_config(QWEN3_30B_A3B)
+    assert config.moe == MoEConfig(128, 8, 768, tuple(range(48)), True)
+    assert (config.qk_norm, config.mlp_layers, config.layer_windows[0]) == ("head", (), None)
+    # 3 of 30 billion weights are active, as its name says; here embeddings and head are counted, too.
+    active = config.layer_parameters + 2 * config.head_parameters
+    assert round(active / 1e9, 2) == 3.35
+    assert round((active + 120 * config.expert_parameters) / 1e9, 1) == 30.5
+    mixtral = translate_config(MIXTRAL_8X7B)
+    assert mixtral.moe == MoEConfig(8, 2, 14336, tuple(range(32)), True)
+    active = mixtral.layer_parameters + 2 * mixtral.head_parameters
+    assert round(active / 1e9, 1) == 12.9
+    assert round((active + 6 * mixtral.expert_parameters) / 1e9, 1) == 46.7
+
+
+def test_which_layers_have_experts() -> None:
+    def layers(**changes: Any) -> tuple[int, ...]:
+        moe = translate_config({**QWEN3_30B_A3B, "num_hidden_layers": 7, **changes}).moe
+        return () if moe is None else moe.layers
+
+    assert layers() == (0, 1, 2, 3, 4, 5, 6)
+    assert layers(decoder_sparse_step=3) == (2, 5)
+    assert layers(decoder_sparse_step=2, mlp_only_layers=[3, 0]) == (1, 5)
+    assert layers(mlp_only_layers=list(range(7))) == ()
+    config = translate_config({**QWEN3_30B_A3B, "num_hidden_layers": 7, "decoder_sparse_step": 3})
+    assert config.mlp_layers == (0, 1, 3, 4, 6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_experts_per_tok": 129}, "num_experts_per_tok=129 and 128 experts"),
+        ({"num_experts": 0}, "num_experts=0.*at least 1"),
+        ({"mlp_only_layers": [48]}, r"mlp_only_layers=\[48\].*0 to 47"),
+        ({"mlp_only_layers": [True]}, "mlp_only_layers"),
+        ({"mlp_only_layers": 3}, "mlp_only_layers=3"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step=0"),
+        ({"norm_topk_prob": "yes"}, "norm_topk_prob='yes'"),
+        ({"use_sliding_window": True, "sliding_window": 0}, "sliding_window=0"),
+    ],
+)
+def test_experts_that_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        translate_config({**QWEN3_30B_A3B, **changes})
+
+
+def test_either_name_of_the_number_of_experts() -> None:
+    values = {**QWEN3_30B_A3B, "num_local_experts": 16}
+    del values["num_experts"]
+    config = translate_config(values)
+    assert config.moe is not None and config.moe.num_experts == 16
+
+
+def test_windows_of_qwen2_moe() -> None:
+    values = {**CASES["qwen2-moe"].config, "num_hidden_layers": 5, "use_sliding_window": True}
+    values |= {"sliding_window": 6, "max_window_layers": 4}
+    assert translate_config(values).layer_windows == (6, None, 6, None, None)
+    # As transformers 5 writes it where windows are not used.
+    unused = {**values, "use_sliding_window": False, "sliding_window": 0}
+    assert translate_config(unused).layer_windows == (None,) * 5
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -37,6 +37,45 @@ _MISTRAL = {
     "head_dim": 10,
     "sliding_window": None,
 }
+_MIXTRAL = {
+    **_LLAMA,
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "num_local_experts": 5,
+    "num_experts_per_tok": 2,
+    "intermediate_size": 52,
+    "sliding_window": None,
+}
+_QWEN_MOE = {
+    **_QWEN,
+    "num_experts": 7,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 28,
+    "decoder_sparse_step": 1,
+    "norm_topk_prob": True,
+}
+_QWEN2_MOE = {
+    **_QWEN_MOE,
+    "architectures": ["Qwen2MoeForCausalLM"],
+    "model_type": "qwen2_moe",
+    "shared_expert_intermediate_size": 36,
+    "norm_topk_prob": False,
+}
+_QWEN3_MOE = {
+    **_QWEN_MOE,
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "head_dim": 20,
+}
+_OLMOE = {
+    **_LLAMA,
+    "architectures": ["OlmoeForCausalLM"],
+    "model_type": "olmoe",
+    "num_experts": 9,
+    "num_experts_per_tok": 4,
+    "intermediate_size": 26,
+    "norm_topk_prob": False,
+}
 _OPT = {
     "architectures": ["OPTForCausalLM"],
     "model_type": "opt",
@@ -145,6 +184,34 @@ CASES: dict[str, Case] = {
     ),
     "qwen3": _case(_QWEN3, tie_word_embeddings=True),
     "qwen3-biases-mqa": _case(_QWEN3, num_key_value_heads=1, attention_bias=True),
+    "mixtral": _case(_MIXTRAL),
+    "mixtral-window-one-expert": _case(
+        _MIXTRAL, num_experts_per_tok=1, num_local_experts=3, sliding_window=9, tie_word_embeddings=True
+    ),
+    "qwen2-moe": _case(_QWEN2_MOE, qkv_bias=True),
+    # Layers 0 and 2 have an MLP, 1 and 3 experts; windows change where that does not.
+    "qwen2-moe-every-other-layer": _case(
+        _QWEN2_MOE,
+        num_hidden_layers=4,
+        decoder_sparse_step=2,
+        norm_topk_prob=True,
+        qkv_bias=False,
+        use_sliding_window=True,
+        sliding_window=7,
+        layer_types=["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"],
+    ),
+    "qwen3-moe": _case(_QWEN3_MOE),
+    "qwen3-moe-mlp-in-the-middle": _case(
+        _QWEN3_MOE,
+        mlp_only_layers=[1],
+        norm_topk_prob=False,
+        attention_bias=True,
+        tie_word_embeddings=True,
+        use_sliding_window=True,
+        sliding_window=11,
+    ),
+    "olmoe": _case(_OLMOE),
+    "olmoe-clipped": _case(_OLMOE, clip_qkv=1.2, norm_topk_prob=True, attention_bias=True),
     "opt": _case(_OPT),
     "opt-post-norm-projected": _case(_OPT, do_layer_norm_before=False, word_embed_proj_dim=24),
     "opt-no-biases-untied": _case(

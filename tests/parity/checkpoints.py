@@ -24,7 +24,9 @@ def make_tensor(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
         return (1.0 + 0.3 * values if is_norm else 0.3 * values).astype(np.float32)
     if any(part in name for part in ("embed", "wte", "wpe")):
         return (0.5 * values).astype(np.float32)
-    return (1.6 / np.sqrt(min(shape)) * values).astype(np.float32)
+    # A router and a gate have few outputs; experts that are fused have an axis more.
+    fan = shape[-1] if name.endswith("gate.weight") else min(shape[-2:])
+    return (1.6 / np.sqrt(fan) * values).astype(np.float32)
 
 
 def make_prompt(length: int, vocab_size: int, seed: int) -> list[int]:

@@ -12,6 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 transformers.utils.logging.set_verbosity_error()
 
+# The plain ones; torch's grouped product does not take odd sizes.
+IMPLEMENTATIONS = {"attn_implementation": "eager", "experts_implementation": "eager"}
+
 
 def tensor_shapes(config: Mapping[str, Any], scratch: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes that Hugging Face itself saves for a model of this config."""
@@ -30,7 +33,7 @@ def tensor_shapes(config: Mapping[str, Any], scratch: Path) -> dict[str, tuple[i
 def load(directory: Path) -> torch.nn.Module:
     """The model in float32, with every weight accounted for."""
     model, info = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+        directory, dtype=torch.float32, output_loading_info=True, **IMPLEMENTATIONS
     )
     left = {kind: sorted(names) for kind, names in info.items() if names}
     assert not left, f"Hugging Face did not take the checkpoint as it is: {left}"

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxllm.models.config import ModelConfig, RopeConfig
+from jaxllm.models.config import ModelConfig, MoEConfig, RopeConfig
 
 _erf = np.vectorize(math.erf)
 _ACTIVATIONS = {
@@ -92,14 +92,24 @@ def forward(
         a, b = np.split(x, 2, axis=-1)
         return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
 
+    def qk_norm(heads: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        """heads [tokens, ..., head_dim], each normalised by itself or all of a token's together."""
+        if config.qk_norm == "head":
+            return norm(heads, weight, 0.0, "rms")
+        return norm(heads.reshape(length, -1), weight.reshape(-1), 0.0, "rms").reshape(heads.shape)
+
     def attention(x: np.ndarray, layer: int) -> np.ndarray:
         groups = config.queries_per_kv_head
         qkv = np.einsum("td,kghd->tkgh", x, p["layers.attention.qkv.weight"][layer])
         qkv = qkv + get("layers.attention.qkv.bias", layer)
         query, key, value = qkv[:, :, :groups], qkv[:, :, groups], qkv[:, :, groups + 1]
         if config.qk_norm:
-            query = norm(query, p["layers.attention.q_norm.weight"][layer], 0.0, "rms")
-            key = norm(key, p["layers.attention.k_norm.weight"][layer], 0.0, "rms")
+            query, key = (
+                qk_norm(heads, p[f"layers.attention.{name}_norm.weight"][layer])
+                for name, heads in (("q", query), ("k", key))
+            )
+        if config.qkv_clip is not None:
+            query, key, value = (x.clip(-config.qkv_clip, config.qkv_clip) for x in (query, key, value))
         heads = (length, config.num_kv_heads * groups, config.head_dim)
         query = rotate(query.reshape(heads)).reshape(query.shape)
         scores = np.einsum("tkgh,skh->kgts", query, rotate(key)) * config.attention_scale
@@ -114,16 +124,41 @@ def forward(
         output = np.einsum("tkgh,dkgh->td", mixed, p["layers.attention.output.weight"][layer])
         return output + get("layers.attention.output.bias", layer)
 
+    def gated(x: np.ndarray, gate_up: np.ndarray, down: np.ndarray, biases: Any = 0.0) -> np.ndarray:
+        both = np.einsum("td,cfd->ctf", x, gate_up) + biases
+        return _ACTIVATIONS[config.activation](both[0]) * both[1] @ down.T
+
     def mlp(x: np.ndarray, layer: int) -> np.ndarray:
-        act = _ACTIVATIONS[config.activation]
+        if config.moe is not None and layer in config.moe.layers:
+            return experts(x, config.moe, config.moe.layers.index(layer))
+        layer = config.mlp_layers.index(layer)
+        down = p["layers.mlp.down.weight"][layer]
         if config.gated_mlp:
-            both = np.einsum("td,cfd->ctf", x, p["layers.mlp.gate_up.weight"][layer])
-            bias = get("layers.mlp.gate_up.bias", layer)
-            both = both + (bias[:, None] if isinstance(bias, np.ndarray) else bias)
-            inner = act(both[0]) * both[1]
+            biases = get("layers.mlp.gate_up.bias", layer)
+            biases = biases[:, None] if isinstance(biases, np.ndarray) else biases
+            out = gated(x, p["layers.mlp.gate_up.weight"][layer], down, biases)
         else:
-            inner = act(x @ p["layers.mlp.up.weight"][layer].T + get("layers.mlp.up.bias", layer))
-        return inner @ p["layers.mlp.down.weight"][layer].T + get("layers.mlp.down.bias", layer)
+            up = x @ p["layers.mlp.up.weight"][layer].T + get("layers.mlp.up.bias", layer)
+            out = _ACTIVATIONS[config.activation](up) @ down.T
+        return out + get("layers.mlp.down.bias", layer)
+
+    def experts(x: np.ndarray, moe: MoEConfig, place: int) -> np.ndarray:
+        def weight(name: str) -> np.ndarray:
+            return p[f"layers.mlp.{name}.weight"][place]
+
+        gate_up, down = weight("experts.gate_up"), weight("experts.down")
+        out = np.zeros_like(x)
+        for token, logits in enumerate(x @ weight("router").T):
+            chosen = np.argsort(-logits, kind="stable")[: moe.experts_per_token]
+            among = logits[chosen] if moe.normalize_weights else logits
+            shares = np.exp(logits[chosen] - np.logaddexp.reduce(among))
+            for expert, share in zip(chosen, shares, strict=True):
+                up = gate_up[expert].transpose(1, 2, 0)
+                out[token] += share * gated(x[token][None], up, down[expert].T)[0]
+        if moe.shared_intermediate_size:
+            shared = gated(x, weight("shared.gate_up"), weight("shared.down"))
+            out += shared / (1 + np.exp(-(x @ weight("shared_gate").T)))
+        return out
 
     x = p["embed.weight"][token_ids]
     if "embed_in.weight" in p:

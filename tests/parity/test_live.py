@@ -39,10 +39,12 @@ def make_model(name: str, directory: Path) -> torch.nn.Module:
     """A model of a case, made by Hugging Face, with weights under which every part matters."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from tests.parity.hugging_face import IMPLEMENTATIONS
+
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(dict(CASES[name].config)))
     config = AutoConfig.from_pretrained(directory)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **IMPLEMENTATIONS)
     with torch.no_grad():
         for tensor, values in model.named_parameters():
             values.copy_(torch.from_numpy(make_tensor(tensor, tuple(values.shape), SEED)))

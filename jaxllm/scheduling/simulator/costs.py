@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from jaxllm.models.config import MoEConfig
 from jaxllm.scheduling.plan import Plan
 from jaxllm.scheduling.simulator.devices import Device
 
@@ -68,6 +69,8 @@ class ModelFigures:
         head_parameters: weights of the product that yields the logits.
         dtype_bytes: bytes of a weight and of a number in the cache.
         window: positions that a query sees at most; None sees all.
+        moe: experts, where there are any.
+        expert_parameters: weights of one expert of every layer that has any.
     """
 
     num_layers: int
@@ -78,6 +81,8 @@ class ModelFigures:
     head_parameters: int
     dtype_bytes: int = 2
     window: int | None = None
+    moe: MoEConfig | None = None
+    expert_parameters: int = 0
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -87,7 +92,17 @@ class ModelFigures:
     @property
     def weight_bytes(self) -> int:
         """Bytes of the weights, without embeddings that are only looked up."""
-        return (self.layer_parameters + self.head_parameters) * self.dtype_bytes
+        parameters = self.layer_parameters + self.head_parameters
+        if self.moe is not None:
+            parameters += (self.moe.num_experts - self.moe.experts_per_token) * self.expert_parameters
+        return parameters * self.dtype_bytes
+
+    def weight_bytes_read(self, num_tokens: int) -> float:
+        """Bytes of those weights that a step of so many tokens reads: of experts, those that some take."""
+        if self.moe is None:
+            return self.weight_bytes
+        unread = self.moe.num_experts - self.moe.experts_read(num_tokens)
+        return self.weight_bytes - unread * self.expert_parameters * self.dtype_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,5 +133,7 @@ class RooflineCost:
         attention = 4 * model.num_layers * model.num_heads * model.head_dim * features.attended
         kv = (features.context + features.num_tokens) * model.kv_bytes_per_token
         arithmetic = (products + attention) / (self.device.flops * self.flops_share)
-        memory = (model.weight_bytes + kv) / (self.device.bandwidth * self.bandwidth_share)
+        memory = (model.weight_bytes_read(features.num_tokens) + kv) / (
+            self.device.bandwidth * self.bandwidth_share
+        )
         return max(arithmetic, memory) / self.num_devices + self.overhead

@@ -1,0 +1,105 @@
+"""Mixture of experts (Shazeer et al. 2017, section 2): each token takes the few that a router prefers.
+
+No token is dropped and no expert has a capacity: the rows of a batch, one for each token and expert that
+it takes, are sorted by expert, and a grouped product multiplies each run of them with its expert's weights.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from jaxllm.layers.linear import Linear, OneOfStack, apply_weight, declare
+from jaxllm.layers.mlp import ACTIVATIONS, MLP
+from jaxllm.models.config import ModelConfig, MoEConfig
+from pallas_kernels.grouped_matmul import grouped_matmul
+
+
+class GroupedLinear(nnx.Module):
+    """y = x W_e for rows that are sorted by expert; the weight is [experts, in, out...]."""
+
+    def __init__(self, shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: jnp.dtype) -> None:
+        self.weight = declare(shape, axes, dtype)
+
+    def __call__(self, rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
+        """rows [R, in] and int32[experts], how many of them each expert has; returns [R, out...]."""
+
+        weight = self.weight.get_value()
+        if isinstance(weight, OneOfStack):
+            whole = weight.stack.reshape(-1, *weight.stack.shape[2:])
+            return _product(rows, whole, group_sizes, weight.index * weight.stack.shape[1])
+        return apply_weight(lambda own, rows: _product(rows, own, group_sizes, 0), weight, rows)
+
+
+def _product(
+    rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, first: jax.Array | int
+) -> jax.Array:
+    flat = weights.reshape(*weights.shape[:2], -1)
+    out = grouped_matmul(rows, flat, group_sizes, first_group=first)
+    return out.reshape(-1, *weights.shape[2:])
+
+
+class Experts(nnx.Module):
+    """The gated MLPs of all experts."""
+
+    def __init__(self, config: ModelConfig, moe: MoEConfig, dtype: jnp.dtype) -> None:
+        experts, inner, hidden = moe.num_experts, moe.intermediate_size, config.hidden_size
+        self.gate_up = GroupedLinear((experts, hidden, 2, inner), ("experts", "embed", None, "mlp"), dtype)
+        self.down = GroupedLinear((experts, inner, hidden), ("experts", "mlp", "embed"), dtype)
+        self.activation = config.activation
+
+    def __call__(self, rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
+        """rows [R, D], sorted by expert; returns [R, D]."""
+        gate_up = self.gate_up(rows, group_sizes)
+        return self.down(ACTIVATIONS[self.activation](gate_up[:, 0]) * gate_up[:, 1], group_sizes)
+
+
+class MoE(nnx.Module):
+    """The weighted sum of the experts that a token takes, and of a shared one where the family has it."""
+
+    def __init__(self, config: ModelConfig, moe: MoEConfig, dtype: jnp.dtype, feature_major: bool) -> None:
+        linear = functools.partial(Linear, bias=False, dtype=dtype, feature_major=feature_major)
+        self.router = linear((moe.num_experts,), (config.hidden_size,), (None,), ("embed",))
+        self.experts = Experts(config, moe, dtype)
+        has_shared = moe.shared_intermediate_size > 0
+        self.shared = MLP(config, moe.shared_intermediate_size, dtype, feature_major) if has_shared else None
+        self.shared_gate = linear((1,), (config.hidden_size,), (None,), ("embed",)) if has_shared else None
+        self.num_experts = moe.num_experts
+        self.experts_per_token = moe.experts_per_token
+        self.normalize_weights = moe.normalize_weights
+        self.feature_major = feature_major
+
+    def __call__(self, x: jax.Array, num_tokens: jax.Array) -> jax.Array:
+        """x: [T, D] or [D, T], of which only so many first tokens are real; returns the same shape."""
+        out = self._routed(x, num_tokens)
+        if self.shared is not None and self.shared_gate is not None:
+            out = out + jax.nn.sigmoid(self.shared_gate(x)) * self.shared(x)
+        return out
+
+    def _routed(self, x: jax.Array, num_tokens: jax.Array) -> jax.Array:
+        logits = self.router(x)
+        tokens, logits = (x.T, logits.T) if self.feature_major else (x, logits)
+        is_real = (jnp.arange(tokens.shape[0]) < num_tokens)[:, None]
+        weights, chosen = self._route(logits)
+        # Padding goes to an expert after the last one, which no product is done for.
+        by_row = jnp.where(is_real, chosen, self.num_experts).reshape(-1)
+        order = jnp.argsort(by_row)
+        group_sizes = jnp.zeros(self.num_experts, jnp.int32).at[by_row].add(1, mode="drop")
+        rows = self.experts(tokens[order // self.experts_per_token], group_sizes)
+        # Summed token by token, in the order of its experts, whatever else is in the batch.
+        mine = rows[jnp.argsort(order)].reshape(*chosen.shape, -1)
+        out = jnp.einsum("tk,tkd->td", weights, mine.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+        out = jnp.where(is_real, out, 0).astype(x.dtype)
+        return out.T if self.feature_major else out
+
+    def _route(self, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """logits [T, experts] to weights float32[T, k] and numbers int32[T, k] of a token's experts."""
+        probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+        weights, chosen = lax.top_k(probabilities, self.experts_per_token)
+        if self.normalize_weights:
+            weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+        return weights, chosen
