@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 
 import jaxllm
-from jaxllm.serve.arguments import parse_arguments
+
+# What each command is, and the module whose `main(argv, program)` runs it.
+COMMANDS = {
+    "serve": ("serve a model to OpenAI clients", "jaxllm.serve.__main__"),
+    "chat": ("chat with the model of a running server", "jaxllm.chat"),
+    "complete": ("complete texts with the model of a running server", "jaxllm.complete"),
+    "run-batch": ("answer a file of requests in OpenAI's batch format", "jaxllm.run_batch"),
+    "collect-env": ("describe this machine for a report of a problem", "jaxllm.collect_env"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,13 +26,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"jaxllm {jaxllm.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    # Its own parser reads the rest, which argparse would otherwise take for its own options.
-    commands.add_parser("serve", help="serve a model to OpenAI clients", add_help=False)
+    for name, (description, _) in COMMANDS.items():
+        # Its own parser reads the rest, which argparse would otherwise take for its own options.
+        commands.add_parser(name, help=description, add_help=False)
     given = list(sys.argv[1:] if argv is None else argv)
-    arguments = parser.parse_args(given[:1])
-    assert arguments.command == "serve"
-    serve = parse_arguments(given[1:], program="jaxllm serve")
-    # Imported late, so that --help and a mistyped flag answer at once.
-    from jaxllm.serve.launcher import launch
-
-    return launch(serve)
+    command = parser.parse_args(given[:1]).command
+    # Imported late, so that --help and a mistyped command answer at once.
+    module = importlib.import_module(COMMANDS[command][1])
+    status: int = module.main(given[1:], program=f"jaxllm {command}")
+    return status

@@ -19,6 +19,8 @@ ROOT = Path(__file__).parent.parent
 LEVELS: list[set[str]] = [
     {"jaxllm.__main__"},
     {"jaxllm.cli"},
+    {"jaxllm.chat", "jaxllm.complete", "jaxllm.run_batch", "jaxllm.collect_env"},
+    {"jaxllm.terminal"},
     {"jaxllm.serve", "jaxllm.replay"},
     {"jaxllm.llm", "jaxllm.async_engine", "jaxllm.convert", "jaxllm.simulate"},
     {"jaxllm.beam_search", "jaxllm.pooling_methods"},

@@ -187,9 +187,11 @@ async def _pool(
     Raises:
         ClientGone: nobody waits for them any more.
     """
+    state.check_room(len(prompts))
     unique = uuid.uuid4().hex[:8]
     ids = [f"{public_id}-{unique}-{i}" for i in range(len(prompts))]
     processed = await state.engine.run_in_thread(_process_all, state, body, params, prompts, ids)
+    state.check_room(len(prompts))
     streams: list[OutputStream] = []
 
     def close() -> None:
