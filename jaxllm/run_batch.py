@@ -66,8 +66,8 @@ def parse(argv: list[str], program: str) -> tuple[Files, ServeArguments]:
     parser = argparse.ArgumentParser(
         prog=program,
         usage=f"{program} -i FILE -o FILE [MODEL] [flags]",
-        description="Answer a file of requests in OpenAI's batch format. The other flags are the server's, but"
-        " those about HTTP.",
+        description="Answer a file of requests in OpenAI's batch format. Other flags are those of the server"
+        " that are not about HTTP.",
         allow_abbrev=False,
         add_help=False,
     )
