@@ -18,6 +18,7 @@ from benchmarks import (
     checkpoint,
     compare,
     fidelity,
+    gpu_acceptance,
     kernels,
     machine,
     peers,
@@ -355,3 +356,38 @@ def test_tiles_are_tuned(small_shapes: None, tmp_path: Path) -> None:
     assert [choice["num_candidates"] for choice in found] == [3, 3]
     for choice in found:
         assert table.get(choice["shape"]) == choice["tiling"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "suite", "reached"), [(1e-3, 0, True), (1e-3, 1, False), (2e-3, 0, False), (None, 0, False)]
+)
+def test_the_acceptance_of_a_gpu(
+    seconds: float | None, suite: int, reached: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Kernels at 90 % of the ceilings and a peer at 1.5 ms; or half as fast; or nothing measured."""
+    if seconds is not None:
+        (tmp_path / "kernels.json").write_text(
+            json.dumps(
+                {
+                    "machine": {"copy_bandwidth": 4e12, "matmul_flops": {"bfloat16": 8e14}},
+                    "timings": [
+                        {"layer": "qwen3-8b", "work": work, "implementation": name, "seconds": each}
+                        | {"num_bytes": 3.6e9, "flops": 7.2e11}
+                        for work in ("decode 64 x 8k", "prefill 8k")
+                        for name, each in (("gpu", seconds), ("torch", 1.5e-3))
+                    ],
+                }
+            )
+        )
+        rows = [
+            {"workload": {"num_prompts": n}, "seconds": [1.0, 9.0, 0.5], "fastest_seconds": 0.8}
+            for n in (1, 64)
+        ]
+        (tmp_path / "engine.json").write_text(json.dumps({"rows": rows}))
+    (tmp_path / "status.txt").write_text(f"kernels 0\nengine 0\nsuite {suite}\n")
+    with pytest.raises(SystemExit) as ended:
+        gpu_acceptance.main([str(tmp_path)])
+    assert (not ended.value.code) == reached
+    table = capsys.readouterr().out
+    assert ("NO" in table) != reached
+    assert ("not measured" in table) == (seconds is None)

@@ -1,4 +1,6 @@
-"""The GPU kernel in the Mosaic GPU interpreter, with race detection, against float64; its schedule alone."""
+"""The GPU kernel against float64, in the Mosaic GPU interpreter with race detection, or where there is a GPU
+(`JAX_PLATFORMS=cuda`) on that; its schedule alone.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +82,7 @@ def run(batch: Batch, shape: Shape, cut: Cut) -> tuple[np.ndarray, ...]:
     )
     # A cut is for the sequences of few queries or for the others, by its width.
     tiling = gpu.Tiling(cut, WIDE) if cut.warpgroups == 1 else gpu.Tiling(SPLIT, cut)
-    interpret = plgpu.InterpretGPUParams(detect_races=True)
+    interpret = None if jax.default_backend() == "gpu" else plgpu.InterpretGPUParams(detect_races=True)
     attend = jax.jit(functools.partial(gpu.attend, tiling=tiling, interpret=interpret))
     return tuple(np.asarray(x) for x in attend(*batch.operands, options))
 
