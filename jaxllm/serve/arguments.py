@@ -42,6 +42,9 @@ def parse_arguments(argv: Sequence[str], program: str = "jaxllm serve") -> Serve
     A YAML file given by --config is read first, and flags go before what it says.
     """
     parser = make_parser(program)
+    asked = next((argument for argument in argv if argument.startswith("--help=")), None)
+    if asked is not None:
+        parser.show_group(asked.partition("=")[2])
     given = _join_dotted_keys(parser, list(argv))
     config_file, given = _take_config_file(parser, given)
     if config_file is not None:
@@ -82,6 +85,18 @@ class Parser(argparse.ArgumentParser):
         hint = f"did you mean {near[0]}?" if near else "--help lists what there is"
         self.error(f"unknown flag {flag}; {hint}")
 
+    def show_group(self, title: str) -> NoReturn:
+        """Print the flags under one heading of --help, and exit."""
+        groups = {group.title: group for group in self._action_groups if group.title in GROUPS}
+        found = next((group for name, group in groups.items() if name.lower() == title.lower()), None)
+        if found is None:
+            self.error(f"--help has no group {title!r}; there are {', '.join(map(repr, groups))}")
+        formatter = self._get_formatter()
+        formatter.start_section(found.title)
+        formatter.add_arguments(found._group_actions)
+        formatter.end_section()
+        self.exit(0, formatter.format_help())
+
 
 def make_parser(program: str) -> Parser:
     """The parser, with one flag for each field of the two configurations."""
@@ -89,8 +104,8 @@ def make_parser(program: str) -> Parser:
         prog=program,
         usage=f"{program} [MODEL] [--config FILE] [flags]",
         description="Serve a model to OpenAI clients. Without MODEL, a tiny bundled demo model.",
-        epilog="Integers take suffixes: 1k is 1000, 1K is 1024, 25.6k is 25600. Flags that take JSON take"
-        " dotted keys too: --hf-overrides.rope_theta 1e6.",
+        epilog="--help='KV cache' shows one group alone. Integers take suffixes: 1k is 1000, 1K is 1024, 25.6k is"
+        " 25600. Flags that take JSON take dotted keys too: --hf-overrides.rope_theta 1e6.",
         allow_abbrev=False,
     )
     parser.add_argument("model_positional", nargs="?", metavar="MODEL", help="directory or hub name")

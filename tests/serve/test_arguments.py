@@ -216,6 +216,17 @@ def test_help_and_mistakes_answer_without_importing_jax_or_the_web() -> None:
     assert result.stdout.split() == []
 
 
+def test_help_of_one_group(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        parse("--help=kv cache")
+    assert exit_.value.code == 0
+    shown = "".join(capsys.readouterr())
+    assert "KV cache:" in shown and "--block-size" in shown
+    assert "--port" not in shown
+    message = refused(capsys, "--help=nothing")
+    assert "'scheduling'" in message
+
+
 def test_the_console_script(capsys: pytest.CaptureFixture[str]) -> None:
     for argv, status, words in (
         (["serve", "--help"], 0, ["jaxllm serve [MODEL]", "KV cache:", "--max-model-len INT|auto"]),
