@@ -176,7 +176,7 @@ def print_fit(cost: FittedCost, steps: list[RecordedStep], title: str) -> None:
                 f"{np.median(errors):.1%}",
             ]
         )
-    context, beside_prompts, prompt, pair = cost.prices
+    context, beside_prompts, prompt, pair, _ = cost.prices
     note = (
         f"and {context * 1e9:.1f} ns for a position of a decode, {beside_prompts * 1e9:.1f} beside prompts, "
         f"{prompt * 1e6:.0f} µs for a prompt, {pair * 1e9:.2f} ns for a pair of its positions"

@@ -28,6 +28,7 @@ class SchedulerConfig:
         max_model_len: prompt and output tokens of one request.
         page_size: tokens a KV page holds.
         num_pages: pages in the cache, including the null page 0, which is never handed out.
+        num_host_pages: pages in the host's memory for those who are preempted; 0 computes them again.
         long_prefill_token_threshold: a prompt computes at most this many tokens a step; 0 is no limit.
         reschedule_in_flight: whether a request may be scheduled again while its newest token is
             still on the device (overlapped execution); with pipeline parallelism it may not.
@@ -38,6 +39,7 @@ class SchedulerConfig:
     max_model_len: int
     page_size: int
     num_pages: int
+    num_host_pages: int = 0
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
     long_prefill_token_threshold: int = 0
@@ -62,6 +64,9 @@ class EngineConfig:
         block_size: tokens per KV page.
         gpu_memory_utilization: fraction of device memory for weights, activations and KV cache.
         kv_cache_memory_bytes: size of the KV cache per device, instead of the fraction.
+        swap_space: GiB of the host's memory that keep the pages of preempted requests.
+        preemption_mode: whether these are computed again ("recompute") or copied back ("swap"); "auto"
+            copies where there is swap_space.
         max_logprobs: most logprobs a request may ask for; -1 admits the whole vocabulary.
         async_scheduling: overlap the host's work with the device's.
         record_schedule: file that every plan is written to, for `python -m jaxllm.replay`; compressed if
@@ -98,6 +103,8 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.92
     kv_cache_memory_bytes: int | None = None
     num_gpu_blocks_override: int | None = None
+    swap_space: float = 0.0
+    preemption_mode: Literal["auto", "recompute", "swap"] = "auto"
     enable_prefix_caching: bool = True
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
@@ -152,7 +159,6 @@ NOTHING_TO_MATCH: dict[str, str] = {
     "cudagraph_capture_sizes": "there are no CUDA graphs",
     "max_seq_len_to_capture": "there are no CUDA graphs",
     "disable_custom_all_reduce": "XLA chooses the collectives",
-    "swap_space": "preempted requests are computed again",
     "max_parallel_loading_workers": "weights are streamed",
 }
 

@@ -129,6 +129,7 @@ class Engine:
                 max_model_len=config.max_model_len or 1,
                 page_size=config.block_size,
                 num_pages=num_pages,
+                num_host_pages=runner.num_host_pages,
                 enable_prefix_caching=config.enable_prefix_caching,
                 enable_chunked_prefill=config.enable_chunked_prefill,
                 long_prefill_token_threshold=config.long_prefill_token_threshold,

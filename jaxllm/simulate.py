@@ -100,7 +100,9 @@ def run(options: argparse.Namespace) -> list[Outcome]:
     if options.cost is not None:
         cost = FittedCost.load(options.cost)
     else:
-        cost = RooflineCost(figures, DEVICES[options.device], options.num_devices)
+        cost = RooflineCost(
+            figures, DEVICES[options.device], options.num_devices, page_size=options.block_size
+        )
     rates: Sequence[float | None] = [None] if options.trace else options.rate
     pairs = [(policy, rate) for rate in rates for policy in options.policy]
     outcomes = []
@@ -140,6 +142,7 @@ def _scheduler_config(
         max_model_len=most,
         page_size=options.block_size,
         num_pages=num_pages,
+        num_host_pages=int(options.swap_space * 2**30 / (figures.kv_bytes_per_token * options.block_size)),
         enable_prefix_caching=options.enable_prefix_caching,
     )
 
@@ -239,6 +242,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--max-model-len", type=int, metavar="N")
     add("--block-size", type=int, default=16, metavar="N")
     add("--num-gpu-blocks", type=int, metavar="N", help="KV pages; by default what the memory holds")
+    add("--swap-space", type=float, default=0.0, metavar="GiB", help="host memory for preempted requests")
     add("--gpu-memory-utilization", type=float, default=0.9, metavar="F")
     add("--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True)
     add("--ttft", type=float, default=1.0, metavar="S", help="objective for goodput, in seconds")
@@ -257,6 +261,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.policy
     ):
         parser.error(f"argument --scheduling-config: its keys must be among the policies, {options.policy}")
+    if options.swap_space < 0:
+        parser.error(f"argument --swap-space: {options.swap_space} GiB; give 0 or more")
     if not options.policy or min(options.num_requests, options.num_devices) < 1:
         parser.error("give at least one policy, one request and one device")
     traffic = options.trace or f"{options.workload}, {options.num_requests} requests"

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.config import EngineConfig
-from jaxllm.execution.memory import num_kv_pages
+from jaxllm.execution.memory import num_host_pages, num_kv_pages
 from jaxllm.execution.platform import Platform
 from jaxllm.execution.pooling import PoolingRunner
 from jaxllm.execution.runner import Runner
@@ -50,6 +50,7 @@ def build_runner(
         decoder,
         _abstract_parameters(specs, form),
         num_pages=num_pages,
+        num_host_pages=num_host_pages(config, model, form.dtype),
         page_size=config.block_size,
         max_num_seqs=config.max_num_seqs or 1,
         max_num_batched_tokens=config.max_num_batched_tokens or 1,

@@ -105,6 +105,13 @@ def num_kv_pages(
     return int(pages) + 1
 
 
+def num_host_pages(config: EngineConfig, model: ModelConfig, dtype: jnp.dtype) -> int:
+    """Pages that `swap_space` holds; none where preempted requests are to be computed again."""
+    if config.preemption_mode == "recompute":
+        return 0
+    return int(config.swap_space * 2**30) // page_bytes(model, config.block_size, dtype)
+
+
 def _steady(total: int, free: int) -> int:
     """Bytes for a CPU's cache: a share of all memory, halved until it takes at most half of what is free.
 

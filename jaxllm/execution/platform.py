@@ -57,8 +57,12 @@ def free_memory(device: jax.Device) -> tuple[int, int]:
     stats = device.memory_stats() if device.platform != "cpu" else None
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"], stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-    page = os.sysconf("SC_PAGE_SIZE")
-    return os.sysconf("SC_PHYS_PAGES") * page, _available_host_memory(page)
+    return host_memory(), _available_host_memory(os.sysconf("SC_PAGE_SIZE"))
+
+
+def host_memory() -> int:
+    """Bytes of memory that the machine has."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _available_host_memory(page: int) -> int:

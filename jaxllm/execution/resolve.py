@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import replace
 
 from jaxllm.config import EngineConfig
@@ -42,6 +43,15 @@ def resolve(config: EngineConfig, model: ModelConfig, platform: Platform) -> Eng
         raise ConfigError(
             f"gpu_memory_utilization={config.gpu_memory_utilization} must be above 0 and at most 1.",
             param="gpu_memory_utilization",
+        )
+    if not 0 <= config.swap_space < math.inf:
+        raise ConfigError(
+            f"swap_space={config.swap_space} must be GiB of at least 0, which is none.", param="swap_space"
+        )
+    if config.preemption_mode == "swap" and not config.swap_space:
+        raise ConfigError(
+            "preemption_mode='swap' needs memory of the host to swap to; set swap_space to so many GiB.",
+            param="preemption_mode",
         )
     if config.max_logprobs < -1:
         raise ConfigError(

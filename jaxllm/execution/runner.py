@@ -13,6 +13,7 @@ import numpy as np
 from jaxllm.execution.batch import FLOATS, INTEGERS, HostBatch, StepShape
 from jaxllm.execution.buckets import step_shapes
 from jaxllm.execution.compiler import StepCompiler
+from jaxllm.execution.host_pages import HostPages
 from jaxllm.execution.sampler import Logprobs, LogprobsMode, SamplerState
 from jaxllm.execution.slots import SlotTable
 from jaxllm.execution.step import StepOutput, step
@@ -90,6 +91,7 @@ class Runner:
         abstract_params: shapes, dtypes and shardings of the parameters, so that steps compile while
             the weights are still loading.
         num_pages: of the KV cache, with the null page.
+        num_host_pages: kept in the host's memory for those who are preempted.
         num_logprobs: most probable tokens reported per position; requests may ask for up to so many.
         compile_all: compile every shape before the first step, and none after.
     """
@@ -100,6 +102,7 @@ class Runner:
         abstract_params: dict[str, Any],
         *,
         num_pages: int,
+        num_host_pages: int,
         page_size: int,
         max_num_seqs: int,
         max_num_batched_tokens: int,
@@ -118,6 +121,8 @@ class Runner:
         cache_shape = (model.num_layers, num_pages, page_size, 2 * model.num_kv_heads, model.head_dim)
         self._abstract_params = abstract_params
         self._abstract_cache = jax.ShapeDtypeStruct(cache_shape, decoder.form.dtype)
+        self.num_host_pages = num_host_pages
+        self._host_pages = HostPages(self._abstract_cache, num_host_pages) if num_host_pages else None
         self._create_state = self._state_factory(max_num_seqs)
         self._slots = SlotTable(max_num_seqs, pages_per_seq, model.vocab_size)
         shapes = self._shapes(step_shapes(max_num_seqs, max_num_batched_tokens, pages_per_seq))
@@ -171,6 +176,8 @@ class Runner:
         """Takes the weights, makes the cache, and waits until every plan can run."""
         self._params = params
         self._kv_pages = jnp.zeros(self._abstract_cache.shape, self._abstract_cache.dtype)
+        if self._host_pages is not None:
+            self._kv_pages = self._host_pages.warm_up(self._kv_pages)
         self._state = self._create_state()
         self._warm_up()
         self.compiler.wait(progress)
@@ -179,6 +186,8 @@ class Runner:
         """Launches a plan and returns without waiting for the device."""
         for request in plan.released:
             self._slots.release(request)
+        if self._host_pages is not None:
+            self._kv_pages = self._host_pages.copy(self._kv_pages, plan.copies_out, plan.copies_in)
         self._state = self._slots.admit(self._state, plan.scheduled)
         reports_prompt = [
             entry.request.sampling_params.prompt_logprobs is not None

@@ -23,6 +23,11 @@ def check_config(config: SchedulerConfig) -> None:
         value = getattr(config, name)
         if value < 1:
             raise ConfigError(f"{name} is {value}; it must be at least 1.", param=name)
+    if config.num_host_pages < 0:
+        raise ConfigError(
+            f"num_host_pages is {config.num_host_pages}; it must be at least 0, which is no swapping.",
+            param="num_host_pages",
+        )
     if config.max_model_len < 2:
         raise ConfigError(
             f"max_model_len is {config.max_model_len}; it must be at least 2, for a prompt token and an "

@@ -14,7 +14,10 @@ from jaxllm.scheduling.views import RequestView, StepView
 logger = logging.getLogger(__name__)
 
 _Answer = TypeVar("_Answer")
-_OPTIONAL = ("preempt", "admit", "chunk_size", "on_arrival", "on_admission", "on_progress", "on_finish")
+_OPTIONAL = (
+    *("preempt", "admit", "chunk_size", "keep_pages"),
+    *("on_arrival", "on_admission", "on_progress", "on_finish"),
+)
 
 
 class PolicyGuard:
@@ -88,13 +91,21 @@ class PolicyGuard:
 
     def admit(self, request: RequestView) -> bool:
         """Whether a waiting request may start."""
-        if "admit" not in self._answered:
+        return self._yes_or_no("admit", request)
+
+    def keep_pages(self, request: RequestView) -> bool:
+        """Whether a request that is preempted keeps its pages on the host."""
+        return self._yes_or_no("keep_pages", request)
+
+    def _yes_or_no(self, question: str, request: RequestView) -> bool:
+        """What the policy says to a question that is yes unless it answers it."""
+        if question not in self._answered:
             return True
 
         def ask(policy: SchedulingPolicy) -> bool:
-            answer: Any = policy.admit(request)
+            answer: Any = getattr(policy, question)(request)
             if not isinstance(answer, bool):
-                raise ValueError(f"admit({request!r}) gave {answer!r}, not True or False")
+                raise ValueError(f"{question}({request!r}) gave {answer!r}, not True or False")
             return answer
 
         return self._ask(ask)

@@ -27,6 +27,10 @@ class ScheduledRequest(NamedTuple):
     samples: bool
 
 
+Copies = tuple[tuple[int, int], ...]
+"""Pages to copy, each from the first to the second."""
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """One step's work.
@@ -38,12 +42,16 @@ class Plan:
             preempted). The runner drops what it keeps for them before it looks at `scheduled`,
             where a preempted one may already stand again.
         num_tokens: sum of `num_tokens` over `scheduled`.
+        copies_out: pages of the device to copy to pages of the host, before anything else.
+        copies_in: pages of the host to copy to pages of the device, after that and before the step.
     """
 
     step_id: int
     scheduled: tuple[ScheduledRequest, ...]
     released: tuple[Request, ...]
     num_tokens: int
+    copies_out: Copies = ()
+    copies_in: Copies = ()
 
 
 class TokenLogprobs(NamedTuple):

@@ -54,7 +54,7 @@ class SchedulingPolicy:
     def preempt(self, step: StepView) -> Sequence[RequestView]:
         """Running requests that give up their seats and pages before the step is planned.
 
-        They wait again, and are computed again when their turn comes.
+        They wait again, and are computed again, or copied back, when their turn comes.
         """
         return ()
 
@@ -83,13 +83,20 @@ class SchedulingPolicy:
         """
         return candidates[-1]
 
+    def keep_pages(self, request: RequestView) -> bool:
+        """Whether a request that loses its pages has them copied to the host's memory, where there is room.
+
+        Otherwise it is computed again. Asked only where the engine has such room (`swap_space`).
+        """
+        return True
+
     # What it is told
 
     def on_arrival(self, request: RequestView) -> None:
         """A request was added; before its rank is asked for."""
 
     def on_admission(self, request: RequestView, num_cached_tokens: int) -> None:
-        """A request starts, or starts again, with so many tokens found in the prefix cache."""
+        """A request starts, or starts again, with so many tokens found in the prefix cache or on the host."""
 
     def on_progress(self, request: RequestView, num_tokens: int) -> None:
         """A step that computes so many tokens of a request was planned."""

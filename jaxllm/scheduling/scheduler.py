@@ -24,6 +24,7 @@ from jaxllm.scheduling.policies import load_policy
 from jaxllm.scheduling.policy import SchedulingPolicy
 from jaxllm.scheduling.prefix_cache import PageHasher
 from jaxllm.scheduling.sequence import ScheduledSequence, WaitingQueue, ceil_div
+from jaxllm.scheduling.swap import SwapSpace
 from jaxllm.scheduling.views import RequestView, StepView
 
 _by_key = attrgetter("key")
@@ -35,7 +36,8 @@ class Scheduler:
     Each request catches up from `num_computed_tokens` to `num_tokens`: chunks of a prompt, a prefix
     found in the cache, a decoded token and a preempted request are all that same case. Running
     requests are served first, then waiting ones, in the order of the policy's ranks. Where pages run
-    out, the policy picks a running request that loses its pages and is computed again later.
+    out, the policy picks a running request that loses its pages and is computed again later, or copied
+    back from the host's memory where there was room to keep it there.
 
     The order of service is total and the first in it is never preempted for another; a request that
     can never fit is refused when it is added. So under a policy with fixed ranks every request ends.
@@ -58,6 +60,7 @@ class Scheduler:
         check_config(config)
         self.config = config
         self._policy = PolicyGuard(policy if policy is not None else load_policy(config.policy))
+        self._swap = SwapSpace(config.num_host_pages)
         self._pool = BlockPool(config.num_pages, keep_freed=config.enable_prefix_caching)
         self._page_size = config.page_size
         self._sequences: dict[str, ScheduledSequence] = {}
@@ -105,6 +108,11 @@ class Scheduler:
     def kv_cache_usage(self) -> float:
         """Fraction of the pages that requests hold, 0 to 1."""
         return 1.0 - self._pool.num_free_pages / self._pool.num_usable_pages
+
+    @property
+    def num_swaps(self) -> int:
+        """Times that a preempted request was kept in the host's memory, so far."""
+        return self._swap.num_kept
 
     def has_unfinished(self) -> bool:
         """Whether any request has not ended."""
@@ -171,6 +179,7 @@ class Scheduler:
             self._release(sequence)
         else:
             self._waiting.discard_finished()
+            self._swap.drop(sequence)
         del self._sequences[request.request_id]
         request.num_pending_tokens = 0
         request.status = status
@@ -187,6 +196,8 @@ class Scheduler:
     def _preempt(self, sequence: ScheduledSequence) -> None:
         request = sequence.request
         self._running.remove(sequence)
+        if self._swap.has_room_for(sequence) and self._policy.keep_pages(sequence.view):
+            self._swap.keep(sequence)
         self._release(sequence)
         request.status = RequestStatus.PREEMPTED
         request.num_computed_tokens = 0
@@ -226,11 +237,14 @@ class Scheduler:
             return None
         for sequence in step.sequences:
             sequence.register_pages(self._pool)
+        copies_out, copies_in = self._swap.take_copies()
         plan = Plan(
             step_id=self._next_step_id,
             scheduled=tuple(step.scheduled),
             released=tuple(self._released),
             num_tokens=num_tokens - step.num_tokens_left,
+            copies_out=copies_out,
+            copies_in=copies_in,
         )
         self._next_step_id += 1
         self._released.clear()
@@ -318,10 +332,13 @@ class Scheduler:
                 continue
             digests = sequence.wanted_digests()
             pages = self._pool.find_prefix(digests)
-            if sequence.awaits_page(digests[len(pages) :], len(pages), step.computing):
+            if not sequence.host_pages and sequence.awaits_page(
+                digests[len(pages) :], len(pages), step.computing
+            ):
                 held.append(sequence)
                 continue
-            num_tokens = sequence.num_tokens_to_compute() - len(pages) * self._page_size
+            num_there = max(len(pages) * self._page_size, sequence.num_kept_tokens)
+            num_tokens = sequence.num_tokens_to_compute() - num_there
             num_tokens = self._chunk(num_tokens, min(limit, step.num_tokens_left))
             if num_tokens == 0 or not self._fits(sequence.request, pages, step.num_reserved_pages):
                 held.append(sequence)
@@ -356,8 +373,9 @@ class Scheduler:
         return wanted
 
     def _count_prefix_tokens(self, sequence: ScheduledSequence) -> int:
-        """Tokens of a waiting sequence that the prefix cache holds now."""
-        return len(self._pool.find_prefix(sequence.wanted_digests())) * self._page_size
+        """Tokens of a waiting sequence that the prefix cache holds now, or the host keeps for it."""
+        num_found = len(self._pool.find_prefix(sequence.wanted_digests())) * self._page_size
+        return max(num_found, sequence.num_kept_tokens)
 
     def _fits(self, request: Request, found: list[int], num_reserved: int) -> bool:
         """Whether there are pages for all tokens that the request has, beside those promised to others."""
@@ -365,13 +383,15 @@ class Scheduler:
         return num_pages + self._pool.count_unowned(found) + num_reserved <= self._pool.num_free_pages
 
     def _admit(self, sequence: ScheduledSequence, found: list[int], num_tokens: int) -> None:
-        """Let a waiting sequence run, with the pages found for it and new ones for `num_tokens`."""
+        """Let a waiting sequence run, with the pages found or kept for it and new ones for `num_tokens`."""
         request = sequence.request
         num_found = len(found) * self._page_size
+        num_there = max(num_found, sequence.num_kept_tokens)
         self._pool.share(found)
-        num_pages = ceil_div(num_found + num_tokens, self._page_size) - len(found)
+        num_pages = ceil_div(num_there + num_tokens, self._page_size) - len(found)
         request.pages = found + self._pool.allocate(num_pages)
-        request.num_computed_tokens = num_found
+        request.num_computed_tokens = num_there
+        self._swap.restore(sequence, len(found))
         sequence.num_registered_pages = len(found)
         sequence.num_held_pages = sequence.num_holds = 0
         if request.status is RequestStatus.WAITING:
@@ -380,7 +400,7 @@ class Scheduler:
                 self.prefix_cache_queries += len(request.token_ids)
                 self.prefix_cache_hits += num_found
         request.status = RequestStatus.RUNNING
-        self._policy.on_admission(sequence.view, num_found)
+        self._policy.on_admission(sequence.view, num_there)
         insort(self._running, sequence, key=_by_key)
 
     def _take(self, step: Draft, sequence: ScheduledSequence, num_tokens: int) -> None:
@@ -472,5 +492,6 @@ class Scheduler:
         """
         self._pool.check_integrity([sequence.request.pages for sequence in self._running])
         check_places(self._sequences, self._running, self._waiting, self.config.max_num_seqs)
+        self._swap.check_integrity(self._running, self._waiting, self._page_size)
         for sequence in self._running:
             check_progress(sequence, self._in_flight, self._page_size)

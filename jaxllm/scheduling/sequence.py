@@ -39,17 +39,21 @@ class ScheduledSequence:
         next_prompt_logprob: first prompt position whose logprobs were not delivered yet.
         num_holds: plans in which it was held back for a page that somebody else computes, since it
             last found more pages than `num_held_pages`.
+        host_pages: pages of the host's memory that keep what it had computed while it waits again.
+        num_kept_tokens: positions that they keep.
         finished: whether the request has ended, here or by its user.
     """
 
     __slots__ = (
         "finished",
         "hasher",
+        "host_pages",
         "key",
         "max_length",
         "next_prompt_logprob",
         "num_held_pages",
         "num_holds",
+        "num_kept_tokens",
         "num_registered_pages",
         "order",
         "overlaps",
@@ -86,6 +90,8 @@ class ScheduledSequence:
         self.next_prompt_logprob = 1
         self.num_held_pages = 0
         self.num_holds = 0
+        self.host_pages: list[int] = []
+        self.num_kept_tokens = 0
         self.finished = False
 
     def num_tokens_to_compute(self) -> int:

@@ -101,8 +101,8 @@ class RequestView:
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Tokens that the prefix cache holds now and that it would not have to compute. Looked up when
-        asked for, in time proportional to them."""
+        """Tokens that it would not have to compute if it started now: those in the prefix cache, or kept on
+        the host since it was preempted. Looked up when asked for, in time proportional to them."""
         return self._find_prefix()
 
     @property

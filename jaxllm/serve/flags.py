@@ -79,6 +79,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "gpu_memory_utilization",
         "kv_cache_memory_bytes",
         "num_gpu_blocks_override",
+        "swap_space",
+        "preemption_mode",
         "enable_prefix_caching",
     ),
     "scheduling": (

@@ -17,6 +17,7 @@ from jaxllm.config import SchedulerConfig
 from jaxllm.request import Request, RequestStatus, SchedulingTerms
 from jaxllm.sampling_params import RepetitionDetectionParams, SamplingParams
 from jaxllm.scheduling import Plan, RequestUpdate, Scheduler, SchedulingPolicy, StepResult, TokenLogprobs
+from jaxllm.scheduling.plan import Copies
 
 VOCABULARY = 7
 EOS = 0
@@ -52,6 +53,8 @@ class Device:
 
     config: SchedulerConfig
     queue: deque[list[PackedRow]] = field(default_factory=deque)
+    copies: deque[tuple[Copies, Copies]] = field(default_factory=deque)
+    host: dict[int, int] = field(default_factory=dict)
     slots: dict[int, int] = field(default_factory=dict)
     last: dict[str, tuple[int, int]] = field(default_factory=dict)
     released: deque[list[str]] = field(default_factory=deque)
@@ -87,13 +90,19 @@ class Device:
         assert len({row.request.request_id for row in rows}) == len(rows)
         assert len(self.seats) <= config.max_num_seqs
         assert plan.num_tokens == sum(row.num_tokens for row in rows) <= config.max_num_batched_tokens
+        for device, host in (*plan.copies_out, *((device, host) for host, device in plan.copies_in)):
+            assert 0 < device < config.num_pages and 0 <= host < config.num_host_pages
+        for copies in (plan.copies_out, plan.copies_in):
+            assert len({target for _, target in copies}) == len(copies), "two pages are copied to one"
         self.queue.append(rows)
+        self.copies.append((plan.copies_out, plan.copies_in))
         self.released.append([request.request_id for request in plan.released])
 
     def result(self) -> StepResult:
         rows = self.queue.popleft()
         for request_id in self.released.popleft():
             self.last.pop(request_id, None)
+        self._copy(*self.copies.popleft())
         packed = [(row, self._tokens(row)) for row in rows]
         # Everything that is read must be there before the step, and still be there after its writes.
         before = [self._read(row, tokens) for row, tokens in packed]
@@ -122,6 +131,19 @@ class Device:
         for row, tokens in packed:
             self._read(row, tokens)
         return result
+
+    def _copy(self, out: Copies, back: Copies) -> None:
+        size = self.config.page_size
+        for copies, source, target in ((out, self.slots, self.host), (back, self.host, self.slots)):
+            content = {
+                to * size + offset: source.get(page * size + offset)
+                for page, to in copies
+                for offset in range(size)
+            }
+            for slot, kv in content.items():
+                target.pop(slot, None)
+                if kv is not None:
+                    target[slot] = kv
 
     def _tokens(self, row: PackedRow) -> dict[int, int]:
         tokens = dict(enumerate(row.known))
@@ -269,6 +291,7 @@ class Server:
         assert scheduler.num_running == scheduler.num_waiting == 0
         assert scheduler.num_free_pages == self.config.num_pages - 1
         assert scheduler.kv_cache_usage == 0
+        assert len(scheduler._swap._free) == self.config.num_host_pages
         assert 0 <= scheduler.prefix_cache_hits <= scheduler.prefix_cache_queries
         for request in self.requests:
             self.check_ended(request)
@@ -337,6 +360,7 @@ def random_config(rng: random.Random) -> SchedulerConfig:
         long_prefill_token_threshold=rng.choice([0, 0, 1, 3, 10]) if chunked else 0,
         policy=rng.choice(["fcfs", "priority"]),
         reschedule_in_flight=rng.random() < 0.6,
+        num_host_pages=rng.choice([0, 0, 1, least, 4 * least]),
     )
 
 

@@ -153,6 +153,9 @@ class Raises(SchedulingPolicy):
     def chunk_size(self, request: RequestView, num_tokens: int) -> Any:
         return self.fail("chunk_size", num_tokens)
 
+    def keep_pages(self, request: RequestView) -> Any:
+        return self.fail("keep_pages", True)
+
     def on_arrival(self, request: RequestView) -> None:
         self.fail("on_arrival", None)
 
@@ -188,6 +191,7 @@ class Raises(SchedulingPolicy):
         ("preempt", None),
         ("preempt", (RequestView(make_request("stranger", [1])),)),
         ("admit", None),
+        ("keep_pages", None),
         ("chunk_size", -1),
         ("chunk_size", 10**9),
         ("chunk_size", 1.5),
@@ -196,7 +200,8 @@ class Raises(SchedulingPolicy):
 def test_a_policy_that_fails_is_named_and_serving_goes_on(
     question: str, answer: Any, dynamic: bool, after: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    server = Server(make_config(num_pages=17), in_flight=2, policy=Raises(question, answer, after, dynamic))
+    config = make_config(num_pages=17, num_host_pages=40)
+    server = Server(config, in_flight=2, policy=Raises(question, answer, after, dynamic))
     with caplog.at_level(logging.ERROR):
         load(server, 9).run()
     assert len(caplog.records) <= 1

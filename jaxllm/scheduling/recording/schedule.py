@@ -176,16 +176,16 @@ class Schedule:
             ValueError: no step was recorded to its end.
         """
         steps = [
-            RecordedStep(
-                step.shape,
-                Work.of_runs((row.start, row.num_tokens) for row in self.rows(index)),
-                step.seconds,
-            )
+            RecordedStep(step.shape, self._work(index), step.seconds)
             for index, step in enumerate(self.steps)
             if step.seconds > 0
         ]
         shapes = [Shape(tokens, seqs, decodes) for tokens, seqs, decodes in self.header.get("shapes", ())]
         return FittedCost.fit(steps).extended(shapes)
+
+    def _work(self, step: int) -> Work:
+        work = Work.of_runs((row.start, row.num_tokens) for row in self.rows(step))
+        return work._replace(copied_pages=self.steps[step].pages_out + self.steps[step].pages_in)
 
     def as_simulation(self) -> Simulation:
         """What happened, in the form in which the simulator says what would have."""
@@ -320,9 +320,20 @@ class _Reader:
                 request.first_token_time = step.ended
 
     def take_end(
-        self, number: int, micros: int, status: str, output_len: int, cached: int, _: int, blocks: str
+        self,
+        number: int,
+        micros: int,
+        status: str,
+        output_len: int,
+        cached: int,
+        preemptions: int,
+        blocks: str,
     ) -> None:
-        request = self._schedule.requests[number]
+        request, steps = self._schedule.requests[number], self._schedule.steps
+        if preemptions > len(request.preempted):
+            # It ended by a token in flight before any plan could tell that it had lost its pages.
+            request.preempted.append(len(steps) - 1)
+            steps[-1].preempted += (number,)
         request.end_time = micros / 1e6
         request.status = RequestStatus(status)
         request.output_len, request.num_cached_tokens, request.blocks = output_len, cached, blocks

@@ -87,7 +87,8 @@ class ScheduleRecorder(Recorder):
             place[1] = start + num_tokens
         preempted = [places[r][0] for r in plan.released if not r.status.is_finished]
         num_pages = scheduler.config.num_pages - 1 - scheduler.num_free_pages
-        state = (scheduler.num_running, scheduler.num_waiting, num_pages, 0, 0)
+        state = (scheduler.num_running, scheduler.num_waiting, num_pages)
+        copies = (len(plan.copies_out), len(plan.copies_in))
         same = decoding == self._decoding
         self._decoding = decoding
         line = [
@@ -95,7 +96,7 @@ class ScheduleRecorder(Recorder):
             plan.step_id,
             self._micros(now),
             (shape[0], shape[1], shape[-1]),
-            state,
+            (*state, *copies),
             None if same else decoding,
             others,
             preempted,

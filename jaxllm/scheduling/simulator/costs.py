@@ -115,6 +115,7 @@ class RooflineCost:
         num_devices: chips that share the work evenly.
         flops_share, bandwidth_share: of the ceilings, that real kernels reach.
         overhead: seconds that a step takes beside, for launching and communication.
+        page_size: tokens of a KV page, of which some are copied to the host's memory and back.
     """
 
     model: ModelFigures
@@ -123,6 +124,7 @@ class RooflineCost:
     flops_share: float = 0.6
     bandwidth_share: float = 0.8
     overhead: float = 1e-3
+    page_size: int = 16
 
     def seconds(self, plan: Plan) -> float:
         """See `CostModel`."""
@@ -136,4 +138,7 @@ class RooflineCost:
         memory = (model.weight_bytes_read(features.num_tokens) + kv) / (
             self.device.bandwidth * self.bandwidth_share
         )
-        return max(arithmetic, memory) / self.num_devices + self.overhead
+        copied = (len(plan.copies_out) + len(plan.copies_in)) * self.page_size * model.kv_bytes_per_token
+        copying = copied / (self.device.host_bandwidth * self.bandwidth_share)
+        # Nothing is computed meanwhile: what is copied out makes room, what is copied in is read.
+        return (max(arithmetic, memory) + copying) / self.num_devices + self.overhead

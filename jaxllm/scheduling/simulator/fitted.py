@@ -35,17 +35,20 @@ class Work(NamedTuple):
         mixed_context: the same for the single tokens of other steps.
         num_prompts: runs of several tokens.
         prompt_pairs: pairs of a query and a position that it sees, in such runs.
+        copied_pages: pages copied to the host's memory or back.
     """
 
     decode_context: float
     mixed_context: float
     num_prompts: float
     prompt_pairs: float
+    copied_pages: float = 0.0
 
     @classmethod
     def of(cls, plan: Plan) -> Work:
         """The work of a plan."""
-        return cls.of_runs((entry.start, entry.num_tokens) for entry in plan.scheduled)
+        work = cls.of_runs((entry.start, entry.num_tokens) for entry in plan.scheduled)
+        return work._replace(copied_pages=len(plan.copies_out) + len(plan.copies_in))
 
     @classmethod
     def of_runs(cls, runs: Iterable[tuple[int, int]]) -> Work:
