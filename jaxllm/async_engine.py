@@ -217,6 +217,7 @@ class AsyncEngine:
     ) -> ProcessedInput:
         """Tokenize and validate a prompt, off the event loop, without submitting it."""
         arrival_time = time.monotonic()
+        await self.compile_grammar(sampling_params)
         return await self.run_in_thread(
             self.engine.input_processor.process,
             request_id,
@@ -226,6 +227,15 @@ class AsyncEngine:
             arrival_time=arrival_time,
             cache_salt=cache_salt,
         )
+
+    async def compile_grammar(self, sampling_params: SamplingParams) -> None:
+        """Wait until the grammar of a constraint is compiled, on threads that compile and do nothing else.
+
+        Raises:
+            InvalidRequestError: it takes too long.
+        """
+        if sampling_params.structured_outputs is not None:
+            await self.engine.input_processor.grammars.wait(sampling_params.structured_outputs)
 
     def submit(
         self, request_id: str, processed: ProcessedInput, output_kind: RequestOutputKind

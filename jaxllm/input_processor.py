@@ -20,6 +20,7 @@ from jaxllm.models.config import ModelConfig
 from jaxllm.request import NO_TERMS, Request, SchedulingTerms
 from jaxllm.sampling_params import RequestOutputKind, SamplingParams, eos_token_ids_of
 from jaxllm.scheduling.policies import terms_of
+from jaxllm.text.grammar import GrammarCompiler
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ class InputProcessor:
             its `generation_config.json` and `override_generation_config` say.
         max_model_len: tokens of a prompt and its output together.
         all_eos_token_ids: every id that ends a sequence of this model.
+        grammars: compiles the constraints of `structured_outputs`.
     """
 
     def __init__(
@@ -102,6 +104,7 @@ class InputProcessor:
         self._further_eos: Mapping[str, Any] = {} if tokenizer_eos is None else {"eos_token_id": further}
 
         self.all_eos_token_ids = self._eos_token_ids | frozenset(further)
+        self.grammars = GrammarCompiler(tokenizer, model_config.vocab_size, self.all_eos_token_ids)
 
         self._seeds = random.Random(engine_config.seed)
         self._seeds_lock = threading.Lock()
@@ -120,6 +123,7 @@ class InputProcessor:
         arrival_time: float | None = None,
         cache_salt: str | None = None,
         final_only: bool = False,
+        grammar_after: Sequence[int] = (),
     ) -> ProcessedInput:
         """Tokenize and check one user request; `params` is copied, never changed.
 
@@ -129,6 +133,8 @@ class InputProcessor:
             arrival_time: in seconds of `time.monotonic()`; None is now.
             cache_salt: as in the prompt's own `cache_salt`, which goes before this.
             final_only: one output at the end, whatever `params.output_kind` says.
+            grammar_after: token ids, such as those that end a model's reasoning, which must have stood in
+                the output before `structured_outputs` constrains it.
 
         Raises:
             InvalidRequestError: naming what is wrong with the prompt or a parameter.
@@ -149,6 +155,8 @@ class InputProcessor:
         room = self.max_model_len - len(token_ids)
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         arrival = time.monotonic() if arrival_time is None else arrival_time
+        constraint = params.structured_outputs
+        grammar = None if constraint is None else self.grammars.compile(constraint)
         requests = [
             Request(
                 request_id=request_id if params.n == 1 else f"{i}_{request_id}",
@@ -161,7 +169,8 @@ class InputProcessor:
                 terms=terms,
                 cache_salt=own_salt if own_salt is not None else cache_salt,
                 group_id=None if params.n == 1 else request_id,
-                needs_host_tokens=params.bad_words_token_ids is not None,
+                needs_host_tokens=params.bad_words_token_ids is not None or grammar is not None,
+                grammar=None if grammar is None else grammar.fork(grammar_after),
             )
             for i, seed in enumerate(self._draw_seeds(params))
         ]
@@ -201,10 +210,6 @@ class InputProcessor:
         """A checked copy, with what depends on the model filled in."""
         params = params.clone()
         params.verify()
-        if params.structured_outputs is not None:
-            raise InvalidRequestError(
-                "structured_outputs is not served yet; leave it out.", param="structured_outputs"
-            )
         params.logprobs = self._count_logprobs("logprobs", params.logprobs)
         params.prompt_logprobs = self._count_logprobs("prompt_logprobs", params.prompt_logprobs)
         self._check_ids("stop_token_ids", params.stop_token_ids)

@@ -98,6 +98,7 @@ class OutputProcessor:
                 continue
             if sequence.finish_reason is not None:
                 self._end(sequence, now)
+                group.error = group.error or request.error
                 if stop is not None and not request.status.is_finished:
                     stopped.append((request, stop))
             if not group.final_only or not group.num_running:
@@ -317,10 +318,15 @@ class _Sequence:
     def advance(self, update: RequestUpdate) -> str | None:
         """Takes in new tokens; returns the stop string that they completed, if any."""
         self.has_news = True
-        reason = update.request.status.finish_reason
+        request = update.request
+        reason = request.status.finish_reason
         new = update.new_token_ids
-        # The token that ended the sequence, EOS or one of stop_token_ids, is not part of its text.
-        silent = len(new) - 1 if reason == "stop" and not self._include_stop else -1
+        # The token that ended the sequence, EOS or one of stop_token_ids, is not part of its text; the last
+        # one of a grammar is.
+        silent = -1
+        if reason == "stop" and not self._include_stop:
+            is_sign = request.grammar is None or request.stop_reason is not None
+            silent = len(new) - 1 if is_sign or new[-1] in request.eos_token_ids else -1
         for i, token_id in enumerate(new):
             self._token_ids.append(token_id)
             if self._formatter is not None and update.logprobs:
@@ -334,7 +340,7 @@ class _Sequence:
         if reason is not None:
             stop = self.end(reason)
             if stop is None:
-                self.stop_reason = update.request.stop_reason
+                self.stop_reason = request.stop_reason
             return stop
         return None
 

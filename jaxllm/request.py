@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import math
 from dataclasses import dataclass, field, fields
+from typing import Protocol
 
 from jaxllm.errors import InvalidRequestError
 from jaxllm.pooling_params import PoolingParams
@@ -78,6 +79,17 @@ class SchedulingTerms:
 NO_TERMS = SchedulingTerms()
 
 
+class OutputGrammar(Protocol):
+    """What an output must match, and how far it has come; see `jaxllm.text.grammar`."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing but the end of the sequence can follow."""
+
+    def accept(self, token_id: int) -> str | None:
+        """Takes the next token of the output; says what is wrong where it may not follow."""
+
+
 @dataclass(eq=False, slots=True)
 class Request:
     """One sequence to complete. A user's request with `n > 1` becomes n of these.
@@ -97,10 +109,12 @@ class Request:
         group_id: common to the n sequences of one user request, which share prompt pages
             even where prefix caching is off; None where n is 1.
         needs_host_tokens: whether the host must know every token before it can prepare the next step
-            (bad words, ...); such a request is never scheduled while a token is in flight.
+            (bad words, a grammar); such a request is never scheduled while a token is in flight.
         pooling_params: of a request to a pooling model, which ends with its prompt; None where text is
             generated.
         token_type_ids: type of each prompt token; None is type 0 throughout.
+        grammar: what the output must match; it has seen the output tokens that `token_ids` holds, so that
+            a preempted request goes on where it was.
         token_ids: prompt and output tokens known to the host, in order.
         num_pending_tokens: tokens sampled by steps still in flight, not yet in `token_ids`.
         num_computed_tokens: positions whose keys and values are in the cache, or will be once
@@ -110,6 +124,7 @@ class Request:
         num_cached_tokens: prompt tokens found in the prefix cache at the first admission.
         pages: page ids holding positions [0, len(pages) * page_size), in order; while the
             request runs the list only grows.
+        error: why the request failed, where it did.
     """
 
     request_id: str
@@ -125,6 +140,7 @@ class Request:
     needs_host_tokens: bool = False
     pooling_params: PoolingParams | None = None
     token_type_ids: list[int] | None = None
+    grammar: OutputGrammar | None = None
 
     status: RequestStatus = RequestStatus.WAITING
     token_ids: list[int] = field(default_factory=list)
@@ -137,6 +153,7 @@ class Request:
     last_token_time: float | None = None
     pages: list[int] = field(default_factory=list)
     stop_reason: int | str | None = None
+    error: str | None = None
 
     def __post_init__(self) -> None:
         if not self.token_ids:

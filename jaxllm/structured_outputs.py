@@ -14,6 +14,9 @@ CONSTRAINTS = ("json", "regex", "choice", "grammar", "json_object", "structural_
 MAX_CHARACTERS = 1_000_000
 """Longest constraint, written out."""
 
+MAX_GRAMMAR_CHARACTERS = 16_000
+"""Longest regex or grammar: terminals that are made of each other take quadratic time to compile."""
+
 MAX_NESTING = 64
 """Deepest nesting of objects and arrays in a schema or structural tag; parsers further down recurse."""
 
@@ -79,8 +82,9 @@ class StructuredOutputsParams:
             _refuse(kind, value, "a string" if kind == "regex" else "a non-empty string")
         elif "\0" in value:
             _refuse(kind, value, "free of NUL characters")
-        if len(self.text()) > MAX_CHARACTERS:
-            _refuse(kind, value, f"at most {MAX_CHARACTERS} characters long")
+        limit = MAX_GRAMMAR_CHARACTERS if kind in ("regex", "grammar") else MAX_CHARACTERS
+        if len(self.text()) > limit:
+            _refuse(kind, value, f"at most {limit} characters long")
         self._check_options(kind)
 
     def _check_options(self, kind: str) -> None:

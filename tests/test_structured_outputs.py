@@ -9,7 +9,12 @@ from typing import Any
 import pytest
 
 from jaxllm.errors import InvalidRequestError
-from jaxllm.structured_outputs import MAX_CHARACTERS, MAX_NESTING, StructuredOutputsParams
+from jaxllm.structured_outputs import (
+    MAX_CHARACTERS,
+    MAX_GRAMMAR_CHARACTERS,
+    MAX_NESTING,
+    StructuredOutputsParams,
+)
 
 
 def refused(words: str, **fields: Any) -> None:
@@ -68,6 +73,8 @@ def test_what_may_be_compiled(fields: dict[str, Any]) -> None:
         ({"json": nested(MAX_NESTING + 1)}, "at most 64 levels"),
         ({"json": '{"items":' * 100_000 + "{}" + "}" * 100_000}, "at most 64 levels"),
         ({"json": {"description": "x" * MAX_CHARACTERS}}, r"at most 1000000 characters.*\.\.\.\.$"),
+        ({"regex": "x" * (MAX_GRAMMAR_CHARACTERS + 1)}, "at most 16000 characters"),
+        ({"grammar": "x" * (MAX_GRAMMAR_CHARACTERS + 1)}, "at most 16000 characters"),
         ({"regex": 5}, r"structured_outputs\.regex must be a string"),
         ({"regex": "a\0"}, "NUL"),
         ({"choice": []}, "at least one string"),
@@ -83,7 +90,7 @@ def test_what_may_be_compiled(fields: dict[str, Any]) -> None:
         ({"json": {}, "whitespace_pattern": " ", "disable_any_whitespace": True}, "whitespace_pattern"),
         ({"json": {}, "whitespace_pattern": 3}, "must be a regex"),
     ],
-    ids=[str(i) for i in range(23)],
+    ids=[str(i) for i in range(25)],
 )
 def test_what_is_refused(fields: dict[str, Any], words: str) -> None:
     refused(words, **fields)

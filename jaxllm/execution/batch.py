@@ -45,7 +45,7 @@ class StepShape(NamedTuple):
     @property
     def num_integers(self) -> int:
         per_sequence = len(INTEGERS) + self.pages_per_seq
-        return 2 + 3 * self.num_tokens + self.num_seqs + 1 + per_sequence * self.num_seqs
+        return 3 + 3 * self.num_tokens + self.num_seqs + 1 + per_sequence * self.num_seqs
 
     @property
     def num_floats(self) -> int:
@@ -63,7 +63,7 @@ class HostBatch:
         query_starts: int32[S + 1].
         seq_integers: int32[len(INTEGERS), S]. page_table: int32[S, P].
         seq_floats: float32[len(FLOATS), S].
-        flags: int32[2], wants logprobs, wants prompt logprobs.
+        flags: int32[3], wants logprobs, wants prompt logprobs, has token masks.
     """
 
     def __init__(self, shape: StepShape) -> None:
@@ -90,6 +90,7 @@ class DeviceBatch(NamedTuple):
     targets: jax.Array
     wants_logprobs: jax.Array
     wants_prompt_logprobs: jax.Array
+    has_token_masks: jax.Array
 
 
 def unpack(integers: jax.Array, floats: jax.Array, last_token: jax.Array, shape: StepShape) -> DeviceBatch:
@@ -127,13 +128,13 @@ def unpack(integers: jax.Array, floats: jax.Array, last_token: jax.Array, shape:
         uses_bias=column["bias"] > 0,
         **real,
     )
-    return DeviceBatch(tokens, sampling, last_rows, targets, flags[0] > 0, flags[1] > 0)
+    return DeviceBatch(tokens, sampling, last_rows, targets, *(flags > 0))
 
 
 def _split_integers(integers, shape: StepShape):  # type: ignore[no-untyped-def]
     """The parts of the packed integers, in the order of `HostBatch.__init__`; views where numpy is given."""
     tokens, seqs = shape.num_tokens, shape.num_seqs
-    sizes = [2, tokens, tokens, tokens, seqs + 1, len(INTEGERS) * seqs, seqs * shape.pages_per_seq]
+    sizes = [3, tokens, tokens, tokens, seqs + 1, len(INTEGERS) * seqs, seqs * shape.pages_per_seq]
     ends = np.cumsum(sizes)
     parts = [integers[end - size : end] for size, end in zip(sizes, ends, strict=True)]
     parts[5] = parts[5].reshape(len(INTEGERS), seqs)

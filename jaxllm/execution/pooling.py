@@ -48,6 +48,7 @@ def pooling_step(
     state: PoolingState,
     integers: jax.Array,
     floats: jax.Array,
+    token_masks: jax.Array,
     *,
     decoder: Decoder,
     shape: StepShape,
@@ -56,6 +57,7 @@ def pooling_step(
 
     Args:
         integers, floats: see `HostBatch`, whose `targets` hold the tokens' types here.
+        token_masks: of grammars, which there are none of here.
     """
     # No token of a prompt is ever still on the device.
     none_pending = jnp.zeros(state.carried.shape[0], jnp.int32)

@@ -17,6 +17,7 @@ from jaxllm.execution.host_pages import HostPages
 from jaxllm.execution.sampler import Logprobs, LogprobsMode, SamplerState
 from jaxllm.execution.slots import SlotTable
 from jaxllm.execution.step import StepOutput, step
+from jaxllm.execution.token_masks import TokenMasks
 from jaxllm.models.decoder import Decoder
 from jaxllm.models.parameters import Parameters
 from jaxllm.scheduling.plan import Plan, ScheduledRequest, StepResult, TokenLogprobs
@@ -124,6 +125,7 @@ class Runner:
         self.num_host_pages = num_host_pages
         self._host_pages = HostPages(self._abstract_cache, num_host_pages) if num_host_pages else None
         self._create_state = self._state_factory(max_num_seqs)
+        self._masks = TokenMasks(model.vocab_size)
         self._slots = SlotTable(max_num_seqs, pages_per_seq, model.vocab_size)
         shapes = self._shapes(step_shapes(max_num_seqs, max_num_batched_tokens, pages_per_seq))
         self.compiler = StepCompiler(self._compile, shapes, complete=compile_all)
@@ -169,6 +171,7 @@ class Runner:
                 jax.eval_shape(self._create_state),
                 jax.ShapeDtypeStruct((shape.num_integers,), jnp.int32),
                 jax.ShapeDtypeStruct((shape.num_floats,), jnp.float32),
+                self._masks.abstract(shape.num_seqs),
             )
         return lowered.compile(self._compiler_options)
 
@@ -197,8 +200,10 @@ class Runner:
         decode_only = plan.num_tokens == len(plan.scheduled) and not any(reports_prompt)
         shape, run = self.compiler.executable(plan.num_tokens, len(plan.scheduled), decode_only)
         batch, wants_logprobs, prompt_rows = self._pack(plan.scheduled, shape, reports_prompt)
+        masks, has_masks = self._masks.of(plan.scheduled, shape.num_seqs)
+        batch.flags[:] = wants_logprobs, bool(prompt_rows), has_masks
         self._kv_pages, self._state, output = run(
-            self._params, self._kv_pages, self._state, batch.integers, batch.floats
+            self._params, self._kv_pages, self._state, batch.integers, batch.floats, masks
         )
         return self._pending(plan, shape, output, wants_logprobs, prompt_rows)
 
@@ -253,7 +258,6 @@ class Runner:
         batch.seq_floats[:, count:] = np.ones((len(FLOATS), 1), np.float32)
         batch.seq_floats[:, :count] = self._slots.floats[:, slots]
         batch.page_table[:count] = self._slots.page_table[slots]
-        batch.flags[:] = wants_logprobs, bool(prompt_rows)
         return batch, wants_logprobs, prompt_rows
 
     def close(self) -> None:

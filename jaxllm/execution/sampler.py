@@ -21,6 +21,8 @@ LogprobsMode = Literal["raw_logprobs", "processed_logprobs", "raw_logits", "proc
 
 # Below this a temperature means greedy, as in vLLM.
 GREEDY_BELOW = 1e-5
+# In place of a token, where everything is forbidden.
+NO_TOKEN = -1
 _DRAW_CHUNK = 256
 
 
@@ -94,7 +96,9 @@ def sample(
     logits: jax.Array,
     inputs: SamplingInputs,
     state: SamplerState,
+    token_masks: jax.Array,
     *,
+    has_token_masks: jax.Array,
     num_logprobs: int,
     wants_logprobs: jax.Array,
     logprobs_mode: LogprobsMode,
@@ -103,13 +107,16 @@ def sample(
 
     Args:
         logits: float32[S, V].
+        token_masks: int32[S, ceil(V / 32)], in bit v % 32 of word v // 32 whether token v is allowed.
+        has_token_masks: bool scalar; where false the masks are not looked at.
         num_logprobs: most probable tokens to report, k.
         wants_logprobs: bool scalar; where false the log-probabilities are zeros, at no cost.
         logprobs_mode: "raw" ones are of the model's logits as they come, "processed" ones of what is drawn
             from, after bias, penalties, temperature and truncation.
 
     Returns:
-        (token int32[S], log-probabilities, state).
+        (token int32[S], log-probabilities, state). The token is `NO_TOKEN` where a mask, together with what
+        else is forbidden, allows none.
     """
     raw = logits
     logits = lax.cond(
@@ -124,6 +131,7 @@ def sample(
         lambda x: x,
         logits,
     )
+    logits = lax.cond(has_token_masks, lambda x: mask_tokens(x, token_masks), lambda x: x, logits)
     greedy = greedy_token(logits)
     is_random = inputs.temperature >= GREEDY_BELOW
     reports_processed = logprobs_mode.startswith("processed")
@@ -155,7 +163,18 @@ def sample(
         state.in_prompt,
         state.logit_bias,
     )
+    token = lax.cond(
+        has_token_masks,
+        lambda: jnp.where(logits.max(axis=1) > -jnp.inf, token, NO_TOKEN),
+        lambda: token,
+    )
     return token, logprobs, state
+
+
+def mask_tokens(logits: jax.Array, token_masks: jax.Array) -> jax.Array:
+    """Sets the logits [S, V] of tokens whose bit in masks int32[S, ceil(V / 32)] is 0 to -inf."""
+    bits = (token_masks[:, :, None] >> jnp.arange(32, dtype=jnp.int32)) & 1
+    return jnp.where(bits.reshape(logits.shape[0], -1)[:, : logits.shape[1]] > 0, logits, -jnp.inf)
 
 
 def greedy_token(logits: jax.Array) -> jax.Array:

@@ -27,7 +27,7 @@ class StepOutput(NamedTuple):
     """What a step gives back to the host.
 
     Attributes:
-        token_ids: int32[S]; of meaning only where the sequence samples.
+        token_ids: int32[S]; of meaning only where the sequence samples; `NO_TOKEN` where nothing is allowed.
         logprobs: of the sampled tokens, zeros unless the batch asked.
         prompt_logprobs: of each row's target, zeros unless the batch asked; None in a decode step.
     """
@@ -43,6 +43,7 @@ def step(
     state: SamplerState,
     integers: jax.Array,
     floats: jax.Array,
+    token_masks: jax.Array,
     *,
     decoder: Decoder,
     shape: StepShape,
@@ -53,6 +54,7 @@ def step(
 
     Args:
         integers: int32[shape.num_integers], floats: float32[shape.num_floats]; see `HostBatch`.
+        token_masks: int32[S, ceil(V / 32)]; see `TokenMasks`.
         num_logprobs: most probable tokens reported per position.
     """
     batch = unpack(integers, floats, state.last_token, shape)
@@ -61,6 +63,8 @@ def step(
         decoder.logits(params, hidden, batch.last_rows),
         batch.sampling,
         state,
+        token_masks,
+        has_token_masks=batch.has_token_masks,
         num_logprobs=num_logprobs,
         wants_logprobs=batch.wants_logprobs,
         logprobs_mode=logprobs_mode,

@@ -431,7 +431,7 @@ class Scheduler:
             result: what the device returned for it.
 
         Returns:
-            In the plan's order, one update for each request that got tokens or prompt logprobs.
+            In the plan's order, one update for each request that got tokens or prompt logprobs, or ended.
 
         Raises:
             ValueError: plans are applied out of order, or the result does not match the plan.
@@ -454,7 +454,7 @@ class Scheduler:
                 continue
             new_token_ids = self._append(sequence, result.token_ids[row]) if entry.samples else []
             prompt_logprobs = sequence.new_prompt_logprobs(entry.start, result.prompt_logprobs.get(row))
-            if new_token_ids or prompt_logprobs:
+            if new_token_ids or prompt_logprobs or sequence.finished:
                 logprobs = result.logprobs[row]
                 if logprobs is not None:
                     logprobs = logprobs[: len(new_token_ids)]
@@ -465,13 +465,19 @@ class Scheduler:
         """Append sampled tokens up to the first that ends the request; returns those appended."""
         request = sequence.request
         request.num_pending_tokens -= 1
-        for count, token_id in enumerate(token_ids, start=1):
+        for count, token_id in enumerate(token_ids):
+            if request.grammar is not None:
+                request.error = request.grammar.accept(token_id)
+                if request.error is not None:
+                    sequence.register_pages(self._pool)
+                    self._finish(sequence, RequestStatus.FINISHED_ERROR, None)
+                    return token_ids[:count]
             request.token_ids.append(token_id)
             end = sequence.stops.check()
             if end is not None:
                 sequence.register_pages(self._pool)
                 self._finish(sequence, *end)
-                return token_ids[:count]
+                return token_ids[: count + 1]
         sequence.register_pages(self._pool)
         return token_ids
 

@@ -41,6 +41,10 @@ class StopChecker:
                 return RequestStatus.FINISHED_STOPPED, None
             if token in self._stops:
                 return RequestStatus.FINISHED_STOPPED, token
+        grammar = self._request.grammar
+        if grammar is not None and grammar.is_complete:
+            # Also before min_tokens: there is no token that could follow.
+            return RequestStatus.FINISHED_STOPPED, None
         if length >= self._max_length:
             return RequestStatus.FINISHED_LENGTH, None
         if repeats and length >= self._min_length:

@@ -7,24 +7,20 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from jaxllm.errors import InvalidRequestError
 from jaxllm.request import SchedulingTerms
 from jaxllm.sampling_params import RepetitionDetectionParams, RequestOutputKind, SamplingParams
 from jaxllm.serve.body import Body, Refusal, UnsupportedField, refusal
+from jaxllm.serve.structured_outputs import GUIDED, ResponseFormat, constraint_of
 from jaxllm.serve.tools import Tool, ToolChoice, check_tools, forced_form
+from jaxllm.structured_outputs import StructuredOutputsParams
 
 MAX_STOP_STRINGS = 4
-
-_TEXT_ONLY = {"type": "text"}
 
 # Fields of OpenAI's and vLLM's APIs that are known and not served. The values listed ask for nothing
 # that would not happen anyway, and are taken; any other is refused with these words.
 _UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "response_format": ((_TEXT_ONLY,), "structured output is not served yet"),
-    "structured_outputs": ((), "structured output is not served yet"),
-    "guided_json": ((), "structured output is not served yet"),
-    "guided_regex": ((), "structured output is not served yet"),
-    "guided_choice": ((), "structured output is not served yet"),
-    "guided_grammar": ((), "structured output is not served yet"),
+    "guided_decoding_backend": (("auto", "guidance"), "llguidance enforces every form here"),
     "tools": ((), "tools are for chats"),
     "tool_choice": (("none", "auto"), "tools are for chats"),
     "parallel_tool_calls": ((True, False), "tools are for chats"),
@@ -116,6 +112,13 @@ class GenerationRequest(Body):
     bad_words: list[str] | None = None
     prompt_logprobs: int | None = None
     repetition_detection: RepetitionDetection | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    guided_whitespace_pattern: str | None = None
     skip_reading_prefix_cache: bool | None = None
     priority: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
     tenant: Annotated[str, Field(max_length=256)] = ""
@@ -174,6 +177,22 @@ class GenerationRequest(Body):
         """How the request wants to be scheduled."""
         return SchedulingTerms(self.priority, self.tenant, self.ttft_objective, self.tpot_objective)
 
+    def constraint(self) -> tuple[str, StructuredOutputsParams] | None:
+        """What the form of the output must be, and the field that says so.
+
+        Raises:
+            InvalidRequestError: several fields do, or something is wrong with it.
+        """
+        guided = {name: getattr(self, name) for name in GUIDED}
+        return constraint_of(
+            self.response_format, self.structured_outputs, guided, self.guided_whitespace_pattern
+        )
+
+    def form_field(self) -> str | None:
+        """The field that says what the form of the output is."""
+        constraint = self.constraint()
+        return None if constraint is None else constraint[0]
+
     def output_limit(self) -> int | None:
         """Output tokens asked for; None is what the context has room for."""
         return self.max_tokens
@@ -203,6 +222,7 @@ class GenerationRequest(Body):
         if limit is None:
             limit = defaults.get("max_tokens")
         detection = self.repetition_detection
+        constraint = self.constraint()
         return SamplingParams.from_optional(
             **chosen,
             n=self.num_completions,
@@ -221,6 +241,7 @@ class GenerationRequest(Body):
             logit_bias=self.logit_bias,
             allowed_token_ids=self.allowed_token_ids,
             bad_words=self.bad_words,
+            structured_outputs=None if constraint is None else constraint[1],
             skip_reading_prefix_cache=self.skip_reading_prefix_cache,
             repetition_detection=None
             if detection is None
@@ -259,10 +280,6 @@ class CompletionRequest(GenerationRequest):
     def echo_only(self) -> bool:
         """Whether only the prompt is wanted back."""
         return bool(self.echo) and self.max_tokens == 0
-
-    def scheduling_terms(self) -> SchedulingTerms:
-        """How the request wants to be scheduled."""
-        return SchedulingTerms(self.priority, self.tenant, self.ttft_objective, self.tpot_objective)
 
     def output_limit(self) -> int | None:
         """Output tokens asked for; the engine makes at least one, which an echo then drops."""
@@ -319,10 +336,6 @@ class ChatCompletionRequest(GenerationRequest):
             self.add_generation_prompt = False
         return self
 
-    def scheduling_terms(self) -> SchedulingTerms:
-        """How the request wants to be scheduled."""
-        return SchedulingTerms(self.priority, self.tenant, self.ttft_objective, self.tpot_objective)
-
     def output_limit(self) -> int | None:
         """Output tokens asked for, under the field's new or old name."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
@@ -343,8 +356,18 @@ class ChatCompletionRequest(GenerationRequest):
             self.tools or (), self.chosen_tool, parallel=self.parallel_tool_calls is not False
         )
         if forced is not None:
+            if params.structured_outputs is not None:
+                raise InvalidRequestError(
+                    f"Field '{self.form_field()}' asks for a form, and 'tool_choice' for calls of tools, which"
+                    " have one of their own; give one of them.",
+                    param="tool_choice",
+                )
             params.structured_outputs = forced
         return params
+
+    def form_field(self) -> str | None:
+        """The field that says what the form of the output is."""
+        return super().form_field() or ("tools" if self.tools else None)
 
 
 class TokenizeRequest(Body):

@@ -217,7 +217,13 @@ async def start_generations(
     # Clients choose their ids freely, also the same one twice at once.
     unique = uuid.uuid4().hex[:8]
     ids = [f"{public_id}-{unique}-{i}" for i in range(len(prompts))]
-    processed = await state.engine.run_in_thread(_process_all, state, body, prompts, params, ids)
+    try:
+        await state.engine.compile_grammar(params)
+        processed = await state.engine.run_in_thread(_process_all, state, body, prompts, params, ids)
+    except InvalidRequestError as error:
+        if error.param == "structured_outputs":
+            error.param = body.form_field()
+        raise
     if state.config.enable_log_requests:
         for request_id, one in zip(ids, processed, strict=True):
             log_request(request_id, one, params, state.config.max_log_len)

@@ -43,10 +43,11 @@ def test_round_trip(shape: StepShape, data: st.DataObject) -> None:
     for name in ("samples", "penalties", "bias"):
         batch.seq_integers[column(name)] = rng.integers(0, 2, shape.num_seqs)
     batch.query_starts[1:] = np.sort(rng.integers(0, shape.num_tokens + 1, shape.num_seqs))
-    batch.flags[:] = rng.integers(0, 2, 2)
+    batch.flags[:] = rng.integers(0, 2, 3)
 
     device = unpacked(batch, np.full(shape.num_seqs + 1, 99, np.int32), shape)
-    assert device.wants_logprobs == batch.flags[0] and device.wants_prompt_logprobs == batch.flags[1]
+    flags = (device.wants_logprobs, device.wants_prompt_logprobs, device.has_token_masks)
+    assert [bool(flag) for flag in flags] == batch.flags.tolist()
     np.testing.assert_array_equal(device.targets, batch.targets)
     for name in ("token_ids", "positions", "page_table", "query_starts"):
         np.testing.assert_array_equal(getattr(device.tokens, name), getattr(batch, name))

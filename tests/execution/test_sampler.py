@@ -13,6 +13,7 @@ import pytest
 from scipy import special, stats
 
 from jaxllm.execution.sampler import (
+    NO_TOKEN,
     Logprobs,
     SamplerState,
     SamplingInputs,
@@ -156,23 +157,40 @@ def run(
     num_logprobs: int = 8,
     wants: bool = False,
     mode: str = "raw_logprobs",
+    allowed: np.ndarray | None = None,
 ) -> tuple[np.ndarray, Logprobs, SamplerState]:
-    """Small batches are padded to one size, as the engine pads them (and compile once)."""
+    """Small batches are padded to one size, as the engine pads them (and compile once).
+
+    Args:
+        allowed: bool[S, V], what a mask lets through.
+    """
     count = len(logits)
     if padding := max(8 - count, 0):
         empty = inputs_of([Params()] * padding, 0, 0, slots=[4] * padding, samples=[False] * padding)
         inputs = jax.tree.map(lambda *xs: np.concatenate(xs), inputs, empty)
         logits = np.concatenate([logits, np.zeros((padding, logits.shape[1]), np.float32)])
+    # Without masks there are bits all the same, which nobody is to look at.
+    masks = np.zeros((len(logits), -(-logits.shape[1] // 32)), np.int32)
+    if allowed is not None:
+        masks[:count] = pack(allowed)
     token, logprobs, state = _sample(
         logits,
         inputs,
         state,
+        masks,
+        has_token_masks=np.bool_(allowed is not None),
         num_logprobs=min(num_logprobs, logits.shape[1]),
         wants_logprobs=np.bool_(wants),
         logprobs_mode=mode,
     )
     token, logprobs = jax.tree.map(lambda x: np.asarray(x)[:count], (token, logprobs))
     return token, logprobs, jax.tree.map(np.asarray, state)
+
+
+def pack(allowed: np.ndarray) -> np.ndarray:
+    """bool[S, V] to int32[S, ceil(V / 32)], the lowest bit first; bits past the vocabulary are set."""
+    padded = np.pad(allowed, ((0, 0), (0, -allowed.shape[1] % 32)), constant_values=True)
+    return np.packbits(padded, axis=1, bitorder="little").view(np.int32)
 
 
 @functools.cache
@@ -314,6 +332,36 @@ def test_masked_tokens_are_never_drawn() -> None:
         0
     ]
     assert allowed[np.arange(count), tokens].all()
+
+
+@pytest.mark.parametrize("vocab_size", [5, 32, 301])
+def test_masks_are_as_good_as_a_bias(vocab_size: int) -> None:
+    """Whatever the parameters: a token whose bit is 0 is a token whose logit is -inf."""
+    rng = np.random.default_rng(vocab_size)
+    slot = slot_for(vocab_size)
+    count = 3 * len(PARAMS)
+    params = list(PARAMS.values()) * 3
+    allowed = rng.random((count, vocab_size)) < rng.choice([0.1, 0.5, 1.0], (count, 1))
+    allowed[:, 0] = True  # the bias of `slot_for` forbids any token but this one
+    logits = np.broadcast_to(slot.logits, allowed.shape)
+    inputs = inputs_of(params, np.arange(count), 3)
+    tokens = run(logits, inputs, state_of(slot), allowed=allowed)[0]
+    expected = run(np.where(allowed, logits, -np.inf).astype(np.float32), inputs, state_of(slot))[0]
+    assert tokens.tolist() == expected.tolist()
+    assert allowed[np.arange(count), tokens].all()
+
+
+def test_where_everything_is_forbidden_there_is_no_token() -> None:
+    """By the mask, by the mask and the bias together, and beside a row that has a choice."""
+    slot = slot_for(7)
+    bias = np.where(np.arange(7) == 2, -np.inf, 0).astype(np.float32)
+    state = state_of(Slot(slot.logits, slot.counts, slot.in_prompt, bias))
+    allowed = np.zeros((4, 7), bool)
+    allowed[1:3, 2] = True
+    allowed[3] = True
+    rows = [Params(), Params(uses_bias=True), Params(temperature=0), Params(temperature=0)]
+    token, _, state = run(np.broadcast_to(slot.logits, (4, 7)), inputs_of(rows, 5, 0), state, allowed=allowed)
+    assert token.tolist() == [NO_TOKEN, NO_TOKEN, 2, int(slot.logits.argmax())]
 
 
 @pytest.mark.parametrize("mode", ["raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits"])

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from jaxllm import LLM, SamplingParams
+from jaxllm import LLM, SamplingParams, StructuredOutputsParams
 from jaxllm.outputs import RequestOutput
 from jaxllm.sampling_params import RequestOutputKind
 from jaxllm.stats import Counter
@@ -72,6 +72,12 @@ def random_params(rng: random.Random) -> SamplingParams:
         {"min_tokens": 1, "stop": ["\n", "."]},
         {"logprobs": 3},
         {"prompt_logprobs": 2},
+        {"structured_outputs": StructuredOutputsParams(regex="[A-Za-z ,]*[.!?]"), "frequency_penalty": 0.3},
+        {"structured_outputs": StructuredOutputsParams(json={"type": "array", "items": {"type": "integer"}})},
+        {
+            "structured_outputs": StructuredOutputsParams(choice=["yes", "no", "perhaps"]),
+            "logit_bias": {5: 2.0},
+        },
     ]
     fields.update(rng.choice(extras))
     return SamplingParams(**fields, output_kind=RequestOutputKind.FINAL_ONLY)
@@ -156,5 +162,13 @@ def test_the_workload_holds_what_it_is_about() -> None:
     assert sum(a.params.is_greedy for a in asked) >= 8
     assert sum(a.params.n > 1 for a in asked) >= 5
     assert len({a.arrival for a in asked}) >= 10
-    for name in ("logprobs", "prompt_logprobs", "bad_words", "logit_bias", "stop", "allowed_token_ids"):
+    for name in (
+        "logprobs",
+        "prompt_logprobs",
+        "bad_words",
+        "logit_bias",
+        "stop",
+        "allowed_token_ids",
+        "structured_outputs",
+    ):
         assert any(getattr(a.params, name) for a in asked), name
