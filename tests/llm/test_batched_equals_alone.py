@@ -72,15 +72,16 @@ def random_params(rng: random.Random) -> SamplingParams:
         {"min_tokens": 1, "stop": ["\n", "."]},
         {"logprobs": 3},
         {"prompt_logprobs": 2},
-        {"structured_outputs": StructuredOutputsParams(regex="[A-Za-z ,]*[.!?]"), "frequency_penalty": 0.3},
-        {"structured_outputs": StructuredOutputsParams(json={"type": "array", "items": {"type": "integer"}})},
-        {
-            "structured_outputs": StructuredOutputsParams(choice=["yes", "no", "perhaps"]),
-            "logit_bias": {5: 2.0},
-        },
     ]
     fields.update(rng.choice(extras))
     return SamplingParams(**fields, output_kind=RequestOutputKind.FINAL_ONLY)
+
+
+CONSTRAINTS = [
+    StructuredOutputsParams(regex="[A-Za-z ,]*[.!?]"),
+    StructuredOutputsParams(json={"type": "array", "items": {"type": "integer"}}),
+    StructuredOutputsParams(choice=["yes", "no", "perhaps"]),
+]
 
 
 @lru_cache(maxsize=1)
@@ -93,7 +94,10 @@ def workload() -> list[Asked]:
             prompt = tuple(rng.randrange(3, 1500) for _ in range(rng.choice([1, 15, 16, 17, 33, 150])))
         else:
             prompt = PREFIX * rng.choice([0, 0, 1, 1, 2]) + rng.choice(TEXTS)
-        asked.append(Asked(prompt, random_params(rng), rng.choice([0, 0, rng.randrange(60)])))
+        params = random_params(rng)
+        if len(asked) % 4 == 1 and not params.allowed_token_ids:
+            params.structured_outputs = CONSTRAINTS[len(asked) // 4 % len(CONSTRAINTS)]
+        asked.append(Asked(prompt, params, rng.choice([0, 0, rng.randrange(60)])))
     return sorted(asked, key=lambda a: a.arrival)
 
 
@@ -162,13 +166,6 @@ def test_the_workload_holds_what_it_is_about() -> None:
     assert sum(a.params.is_greedy for a in asked) >= 8
     assert sum(a.params.n > 1 for a in asked) >= 5
     assert len({a.arrival for a in asked}) >= 10
-    for name in (
-        "logprobs",
-        "prompt_logprobs",
-        "bad_words",
-        "logit_bias",
-        "stop",
-        "allowed_token_ids",
-        "structured_outputs",
-    ):
+    assert sum(a.params.structured_outputs is not None for a in asked) >= 6
+    for name in ("logprobs", "prompt_logprobs", "bad_words", "logit_bias", "stop", "allowed_token_ids"):
         assert any(getattr(a.params, name) for a in asked), name
