@@ -358,8 +358,8 @@ class ChatCompletionRequest(GenerationRequest):
         if forced is not None:
             if params.structured_outputs is not None:
                 raise InvalidRequestError(
-                    f"Field '{self.form_field()}' asks for a form, and 'tool_choice' for calls of tools, which"
-                    " have one of their own; give one of them.",
+                    f"Field '{self.form_field()}' asks for a form, and 'tool_choice' for calls, which have"
+                    " one of their own; give one of them.",
                     param="tool_choice",
                 )
             params.structured_outputs = forced
