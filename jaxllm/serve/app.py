@@ -32,12 +32,22 @@ from jaxllm.serve.errors import (
     error_response,
     response_of,
 )
-from jaxllm.serve.middleware import APIKeys, Limits, RequestGate, RequestIds
+from jaxllm.serve.messages import count_tokens, create_message, in_anthropic_words
+from jaxllm.serve.messages_protocol import CountTokensRequest, MessagesRequest
+from jaxllm.serve.middleware import APIKeys, Limits, RequestGate, RequestIds, path_of
 from jaxllm.serve.parsing import OutputParsers
 from jaxllm.serve.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
 )
+from jaxllm.serve.responses import (
+    ResponseStore,
+    cancel_response,
+    create_response,
+    delete_response,
+    retrieve_response,
+)
+from jaxllm.serve.responses_protocol import ResponsesRequest
 from jaxllm.serve.routes import (
     add_dev_routes,
     add_operator_routes,
@@ -137,6 +147,32 @@ def _add_generation_routes(app: FastAPI, state: ServerState) -> None:
     async def chat_completions(body: ChatCompletionRequest, http: Request) -> Response:
         return await create_chat_completion(state, body, http)
 
+    @app.post("/v1/messages")
+    async def messages(body: MessagesRequest, http: Request) -> Response:
+        return await create_message(state, body, http)
+
+    @app.post("/v1/messages/count_tokens")
+    async def message_tokens(body: CountTokensRequest) -> Response:
+        return await count_tokens(state, body)
+
+    store = ResponseStore(state.config.response_store_size)
+
+    @app.post("/v1/responses")
+    async def responses(body: ResponsesRequest, http: Request) -> Response:
+        return await create_response(state, store, body, http)
+
+    @app.get("/v1/responses/{response_id}")
+    async def response(response_id: str) -> Response:
+        return await retrieve_response(store, response_id)
+
+    @app.delete("/v1/responses/{response_id}")
+    async def forget_response(response_id: str) -> Response:
+        return await delete_response(store, response_id)
+
+    @app.post("/v1/responses/{response_id}/cancel")
+    async def end_response(response_id: str) -> Response:
+        return await cancel_response(store, response_id)
+
     created = int(time.time())
 
     @app.get("/v1/models")
@@ -165,14 +201,18 @@ def _model_card(state: ServerState, name: str, created: int) -> dict[str, Any]:
 
 
 def _add_error_handlers(app: FastAPI) -> None:
+    def in_words_of(request: Request, response: Response) -> Response:
+        is_anthropic = path_of(request.scope).startswith("/v1/messages")
+        return in_anthropic_words(response) if is_anthropic else response
+
     @app.exception_handler(RequestValidationError)
     async def on_invalid_body(request: Request, error: RequestValidationError) -> Response:
         message, param = describe_validation(error.errors(), _fields_of(request))
-        return error_response(400, message, param)
+        return in_words_of(request, error_response(400, message, param))
 
     @app.exception_handler(Refusal)
     async def on_refusal(request: Request, refusal: Refusal) -> Response:
-        return response_of(refusal.error)
+        return in_words_of(request, response_of(refusal.error))
 
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> Response:
@@ -183,11 +223,11 @@ def _add_error_handlers(app: FastAPI) -> None:
             message = f"{request.url.path} does not take {request.method}."
         elif error.status_code == 400:
             message = "The body cannot be read as JSON."
-        return error_response(error.status_code, message, headers=error.headers)
+        return in_words_of(request, error_response(error.status_code, message, headers=error.headers))
 
     async def on_error(request: Request, error: Exception) -> Response:
         log_unexpected(error)
-        return response_of(error)
+        return in_words_of(request, response_of(error))
 
     for kind in (JaxLLMError, NotFoundError, OverloadedError, GenerationError, Exception):
         app.add_exception_handler(kind, on_error)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -15,7 +14,7 @@ from jaxllm.outputs import CompletionOutput, RequestOutput
 from jaxllm.serve.chat_message import ChatMessage
 from jaxllm.serve.logprobs import chat_logprobs, prompt_logprobs_json
 from jaxllm.serve.protocol import ChatCompletionRequest
-from jaxllm.serve.state import Generation, PromptInput, ServerState, close_all, start_generations
+from jaxllm.serve.state import Generation, ServerState
 from jaxllm.serve.streaming import (
     CLIENT_CLOSED_REQUEST,
     EventStream,
@@ -24,6 +23,7 @@ from jaxllm.serve.streaming import (
     event,
     merge,
 )
+from jaxllm.serve.turn import start_turn
 from jaxllm.serve.usage import UsageCounter
 from jaxllm.text.parsers.message import MessageFormat
 from jaxllm.text.parsers.reasoning import count_reasoning_tokens
@@ -35,40 +35,19 @@ async def create_chat_completion(
     """Write the next message of a conversation, in one JSON object or as a stream of chunks."""
     state.check_model(body.model)
     public_id = state.public_id("chatcmpl", body, http)
-    state.parsers.check(body)
-    text = await state.engine.run_in_thread(
-        state.render_chat,
-        body.messages,
-        chat_template=body.chat_template,
-        add_generation_prompt=body.add_generation_prompt,
-        continue_final_message=body.continue_final_message,
-        chat_template_kwargs=body.chat_template_kwargs,
-        documents=body.documents,
-        tools=_tools_shown(state, body),
-        reasoning_effort=body.reasoning_effort,
-    )
-    prompt = PromptInput(text=text, add_special_tokens=body.add_special_tokens)
-    keep = state.parsers.needs_special_tokens(body, state.tokenizer)
-    generations = await start_generations(state, body, [prompt], public_id, keep_special_tokens=keep)
-    answer = _Answer(state, body, public_id, generations[0], state.parsers.format_of(body, text))
-    close = functools.partial(close_all, generations)
+    turn = await start_turn(state, body, public_id)
+    answer = _Answer(state, body, public_id, turn.generation, turn.how)
+    close = turn.generation.stream.close
     if body.stream:
         return EventStream(answer.events(), close)
     try:
         async with closing_on_disconnect(http.receive, close):
-            finals = await collect(generations)
+            finals = await collect([turn.generation])
             if finals is None:
                 return Response(status_code=CLIENT_CLOSED_REQUEST)
             return Response(orjson.dumps(answer.whole(finals[0])), media_type="application/json")
     finally:
         close()
-
-
-def _tools_shown(state: ServerState, body: ChatCompletionRequest) -> list[dict[str, Any]] | None:
-    """The tools as the template shows them to the model."""
-    if not body.tools or (body.chosen_tool == "none" and state.config.exclude_tools_when_tool_choice_none):
-        return None
-    return [tool.model_dump(exclude_unset=True) for tool in body.tools]
 
 
 class _Answer:

@@ -49,6 +49,7 @@ class ServerConfig:
         max_sequences_per_request: prompts times n of one request.
         h11_max_incomplete_event_size: bytes of a request's headers.
         h11_max_header_count: headers of a request.
+        response_store_size: how many responses of /v1/responses are kept, to be fetched or gone on from.
         shutdown_timeout: seconds that running requests get to finish after Ctrl-C or SIGTERM.
     """
 
@@ -94,4 +95,5 @@ class ServerConfig:
     max_sequences_per_request: int = 16384
     h11_max_incomplete_event_size: int = 64 * 2**10
     h11_max_header_count: int = 256
+    response_store_size: int = 1000
     shutdown_timeout: float = 30.0

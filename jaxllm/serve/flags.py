@@ -29,6 +29,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "enable_tokenizer_info_endpoint",
         "enable_dev_routes",
         "profile_dir",
+        "response_store_size",
         "shutdown_timeout",
     ),
     "limits": (

@@ -57,8 +57,10 @@ class APIKeys:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["method"] != "OPTIONS" and path_of(scope) not in self.OPEN:
-            given = Headers(scope=scope).get("authorization", "")
-            scheme, _, key = given.partition(" ")
+            headers = Headers(scope=scope)
+            scheme, _, key = headers.get("authorization", "").partition(" ")
+            if not scheme and "x-api-key" in headers:  # Anthropic's clients send it so.
+                scheme, key = "bearer", headers["x-api-key"]
             # Every key is compared, in constant time, so that timing tells nothing about any of them.
             matches = [hmac.compare_digest(key.strip().encode(), own) for own in self._keys]
             if scheme.lower() != "bearer" or not any(matches):

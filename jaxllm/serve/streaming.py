@@ -29,12 +29,20 @@ def event(data: Any) -> bytes:
     return b"data: " + orjson.dumps(data) + b"\n\n"
 
 
+def named_event(data: dict[str, Any]) -> bytes:
+    """One server-sent event that is named by its own type."""
+    return b"event: " + data["type"].encode() + b"\n" + event(data)
+
+
 class EventStream(Response):
     """Sends events as they come; one that fails before its first event is an ordinary error response.
 
     Args:
         events: bodies of one or more whole events each.
         close: called when the client goes away, and at the end; must make `events` end.
+        end: sent behind the last event.
+        failure: what is sent instead of the rest where the events end in an exception.
+        refusal: the response where they do before the first of them.
     """
 
     media_type = "text/event-stream"
@@ -44,11 +52,16 @@ class EventStream(Response):
         events: AsyncIterator[bytes],
         close: Callable[[], None],
         headers: Mapping[str, str] | None = None,
+        *,
+        end: bytes = DONE,
+        failure: Callable[[Exception], bytes] = lambda error: event(body_of(error)) + DONE,
+        refusal: Callable[[Exception], Response] = response_of,
     ) -> None:
         self.status_code = 200
         self.background = None
         self._events = events
         self._close = close
+        self._end, self._failure, self._refusal = end, failure, refusal
         # Without this, nginx collects a stream before it passes it on.
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no", **(headers or {})})
 
@@ -59,12 +72,12 @@ class EventStream(Response):
                     first = await anext(self._events, None)
                 except Exception as error:
                     log_unexpected(error)
-                    await response_of(error)(scope, receive, send)
+                    await self._refusal(error)(scope, receive, send)
                     return
                 await send(
                     {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
                 )
-                last = DONE
+                last = self._end
                 try:
                     if first is not None:
                         await send({"type": "http.response.body", "body": first, "more_body": True})
@@ -74,7 +87,7 @@ class EventStream(Response):
                     return  # The connection broke under a send.
                 except Exception as error:
                     log_unexpected(error)
-                    last = event(body_of(error)) + DONE
+                    last = self._failure(error)
                 await send({"type": "http.response.body", "body": last, "more_body": False})
         finally:
             self._close()
