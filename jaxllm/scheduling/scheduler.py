@@ -196,7 +196,9 @@ class Scheduler:
     def _preempt(self, sequence: ScheduledSequence) -> None:
         request = sequence.request
         self._running.remove(sequence)
-        if self._swap.has_room_for(sequence) and self._policy.keep_pages(sequence.view):
+        # What a prompt has been pooled to so far is not in its pages.
+        begins_anew = request.pooling_params is not None and not sequence.reads_cache
+        if not begins_anew and self._swap.has_room_for(sequence) and self._policy.keep_pages(sequence.view):
             self._swap.keep(sequence)
         self._release(sequence)
         request.status = RequestStatus.PREEMPTED

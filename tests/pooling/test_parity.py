@@ -116,6 +116,7 @@ def test_a_decoder_pools_prompts_computed_in_chunks(tmp_path: Path, pooling: str
         "max_num_batched_tokens": 13,
         "num_gpu_blocks_override": 40,
         "scheduling_policy": "tests.pooling.evicting:Evicting",
+        "swap_space": 0.001,
     }
     with loaded(tmp_path, pooler_config={"pooling_type": pooling}, **arguments) as llm:
         for _ in range(2):  # the second time, prefixes are cached
@@ -129,6 +130,8 @@ def test_a_decoder_pools_prompts_computed_in_chunks(tmp_path: Path, pooling: str
         cached = llm.embed(prompts[1:2], use_tqdm=False)[0].num_cached_tokens
         assert cached == (44 if pooling == "LAST" else 0)
         assert llm.llm_engine.scheduler.num_preemptions > 0
+        # What pools the last token goes on with its pages; what sums up cannot.
+        assert (llm.llm_engine.scheduler.num_swaps > 0) == (pooling == "LAST")
 
 
 def test_a_decoder_classifies_and_cuts_embeddings(tmp_path: Path) -> None:

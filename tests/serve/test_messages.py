@@ -183,3 +183,11 @@ def test_errors_are_in_the_words_of_this_api(chatty: Api) -> None:
             await client.messages.create(model="fake", max_tokens=9, messages=HELLO)  # type: ignore[arg-type]
 
     with_anthropic(chatty, knock, api_key="wrong")
+
+
+def test_the_form_of_the_text_is_the_form_of_the_output(api: Api) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    create(api, extra_body={"output_config": {"format": {"type": "json_schema", "schema": schema}}})
+    outputs = api.fake.submitted[-1].sampling_params.structured_outputs
+    assert outputs is not None
+    assert outputs.json == schema

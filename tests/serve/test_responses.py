@@ -243,3 +243,13 @@ def test_an_engine_that_fails_ends_the_stream_with_the_reason(api: Api) -> None:
     response = api.post(PATH, {"input": "x", "stream": True})
     assert response.status_code == 503
     assert "out of luck" in response.json()["error"]["message"]
+
+
+def test_the_form_of_the_text_is_the_form_of_the_output(api: Api) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    form = {"type": "json_schema", "name": "n", "schema": schema, "strict": True}
+    response = create(api, text={"format": form})
+    assert response.text.format.to_dict() == form
+    outputs = api.fake.submitted[-1].sampling_params.structured_outputs
+    assert outputs is not None
+    assert outputs.json == schema
