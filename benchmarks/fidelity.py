@@ -13,14 +13,15 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from benchmarks.engine import add_model_arguments, model_arguments, model_name
 from benchmarks.profile_steps import fit, print_fit
 from benchmarks.report import add_output_arguments, figure, print_table, save, write_json
-from jaxllm.scheduling.simulator import FittedCost, TracedRequest, make_workload, simulate, summarize
+from benchmarks.workloads import scaled_trace
+from jaxllm.scheduling.simulator import FittedCost, TracedRequest, simulate, summarize
 
 if TYPE_CHECKING:
     from jaxllm import LLM
@@ -66,22 +67,10 @@ def traces(
         longest: tokens of a request.
     """
 
-    def shrink(request: TracedRequest) -> TracedRequest:
-        segments = tuple((name, max(1, round(length * scale))) for name, length in request.segments)
-        output_len = max(2, round(request.output_len * scale))
-        while sum(length for _, length in segments) + output_len > longest and len(segments) > 1:
-            segments = (segments[0], *segments[2:])
-        if sum(length for _, length in segments) + output_len > longest:
-            segments = ((segments[0][0], longest - output_len),)
-        return replace(request, segments=segments, output_len=output_len)
-
+    sizes: Any = {"num_requests": num_requests, "scale": scale, "longest": longest, "seed": 7}
     for name in ("poisson", "bursty", "chat", "tenants"):
-        yield name, [shrink(r) for r in make_workload(name, rate=rate, num_requests=num_requests, seed=7)]
-    at_once = [
-        replace(shrink(r), arrival_time=0.0)
-        for r in make_workload("code", rate=1.0, num_requests=num_requests)
-    ]
-    yield "all at once", at_once
+        yield name, scaled_trace(name, rate=rate, **sizes)
+    yield "all at once", [replace(r, arrival_time=0.0) for r in scaled_trace("code", rate=1.0, **sizes)]
 
 
 def serve(llm: LLM, trace: list[TracedRequest]) -> Figures:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+
+from jaxllm.scheduling.simulator import TracedRequest, make_workload
 
 Prompts = list[list[int]]
 
@@ -70,3 +72,27 @@ def parse_workload(text: str) -> Workload:
     if min(num_prompts, input_len, output_len) < 1 or shared_len >= input_len:
         raise ValueError(f"workload {text!r} needs counts of at least 1, and fewer shared tokens than it has")
     return Workload(num_prompts, input_len, output_len, shared_len)
+
+
+def scaled_trace(
+    name: str, *, rate: float, num_requests: int, scale: float, longest: int, seed: int
+) -> list[TracedRequest]:
+    """A workload of the simulator, with lengths for a machine that is no accelerator.
+
+    Args:
+        rate: requests a second.
+        scale: of the workload's lengths.
+        longest: tokens of a request; segments in the middle are left out where it would have more.
+    """
+    requests = make_workload(name, rate=rate, num_requests=num_requests, seed=seed)
+    return [_shrink(request, scale, longest) for request in requests]
+
+
+def _shrink(request: TracedRequest, scale: float, longest: int) -> TracedRequest:
+    segments = tuple((name, max(1, round(length * scale))) for name, length in request.segments)
+    output_len = max(2, round(request.output_len * scale))
+    while sum(length for _, length in segments) + output_len > longest and len(segments) > 1:
+        segments = (segments[0], *segments[2:])
+    if sum(length for _, length in segments) + output_len > longest:
+        segments = ((segments[0][0], longest - output_len),)
+    return replace(request, segments=segments, output_len=output_len)

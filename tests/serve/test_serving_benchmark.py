@@ -1,0 +1,80 @@
+"""The load generator: what it sends when, and what it makes of answers, right and wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import serving
+from benchmarks.serving import Answer, load_of, send_all
+from benchmarks.workloads import scaled_trace
+from tests.serve.test_server import live_server
+
+TRACE: Any = {"rate": 40.0, "num_requests": 12, "scale": 0.02, "longest": 100, "seed": 3}
+
+
+def run_against_a_fake(reply: str, **config: Any) -> tuple[list[Answer], float]:
+    with live_server(**config) as live:
+        live.fake.reply = lambda request: reply
+        live.fake.step_time = 0.002
+        trace = scaled_trace("poisson", **TRACE)
+        return asyncio.run(send_all(live.url, "fake", trace, 500, "key"))
+
+
+def test_every_request_is_sent_when_it_comes_and_timed_to_its_end() -> None:
+    trace = scaled_trace("poisson", **TRACE)
+    answers, seconds = run_against_a_fake("la " * 200)
+    assert seconds >= trace[-1].arrival_time
+    assert [answer.error for answer in answers] == [None] * len(trace)
+    for answer, traced in zip(answers, trace, strict=True):
+        assert answer.num_tokens == traced.output_len
+        assert 0 <= answer.sent < answer.ttft
+        assert answer.token_times == sorted(answer.token_times)
+        assert 1 <= len(answer.token_times) <= traced.output_len
+    load = load_of("fake", "poisson", 40.0, answers, seconds, (60.0, 60.0))
+    assert load.num_failed == 0
+    assert load.goodput == pytest.approx(len(trace) / seconds)
+    assert load.output_tokens_per_second == pytest.approx(sum(t.output_len for t in trace) / seconds)
+    assert load_of("fake", "poisson", 40.0, answers, seconds, (0.0, 60.0)).goodput == 0
+
+
+def test_what_goes_wrong_is_a_failed_request() -> None:
+    answers, seconds = run_against_a_fake("")
+    trace = scaled_trace("poisson", **TRACE)
+    longer = [
+        answer for answer, traced in zip(answers, trace, strict=True) if answer.num_tokens < traced.output_len
+    ]
+    assert longer and all("tokens came, not" in str(answer.error) for answer in longer)
+    answers, seconds = run_against_a_fake("la " * 200, api_key=("another",))
+    assert all("401" in str(answer.error) for answer in answers)
+    load = load_of("fake", "poisson", 40.0, answers, seconds, (60.0, 60.0))
+    assert (load.num_failed, load.goodput) == (len(answers), 0)
+
+
+def test_the_time_per_token_leaves_out_the_first() -> None:
+    answer = Answer(0.0, [1.0, 2.0, 4.0], num_tokens=4)
+    assert (answer.ttft, answer.tpot) == (1.0, 1.0)
+    assert answer.meets(1.0, 1.0) and not answer.meets(0.9, 1.0) and not answer.meets(1.0, 0.9)
+    assert Answer(0.0, [1.0], num_tokens=1).meets(1.0, 0.0)
+    assert not Answer(0.0, [1.0], num_tokens=1, error="broken").meets(9.0, 9.0)
+
+
+def test_a_running_server_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, picture = tmp_path / "load.json", tmp_path / "load.png"
+    with live_server() as live:
+        live.fake.reply = lambda request: "la " * 200
+        where = ["--base-url", live.url, "--model", "fake", "--vocab-size", "500"]
+        load = ["--workload", "poisson", "chat", "--rate", "30", "--num-requests", "8", "--scale", "0.02"]
+        files = ["--json", str(out), "--plot", str(picture)]
+        serving.main([*where, *load, "--max-model-len", "100", *files])
+    rows = json.loads(out.read_text())
+    assert [(row["workload"], row["num_failed"], len(row["answers"])) for row in rows] == [
+        ("poisson", 0, 8),
+        ("chat", 0, 8),
+    ]
+    assert picture.stat().st_size > 1000
+    assert "goodput" in capsys.readouterr().out
