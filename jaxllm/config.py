@@ -159,6 +159,7 @@ NOTHING_TO_MATCH: dict[str, str] = {
     "cudagraph_capture_sizes": "there are no CUDA graphs",
     "max_seq_len_to_capture": "there are no CUDA graphs",
     "disable_custom_all_reduce": "XLA chooses the collectives",
+    "enable_sleep_mode": "every engine can sleep",
     "max_parallel_loading_workers": "weights are streamed",
 }
 
@@ -186,7 +187,6 @@ NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "cpu_offload_gb": (),
     "kv_offloading_size": (),
     "kv_transfer_config": (),
-    "enable_sleep_mode": (),
     "enable_expert_parallel": (),
     "enable_prompt_embeds": (),
     "limit_mm_per_prompt": (),

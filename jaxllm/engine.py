@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import jax
 
 from jaxllm.config import EngineConfig, SchedulerConfig
-from jaxllm.errors import ConfigError
+from jaxllm.errors import ConfigError, InvalidRequestError
 from jaxllm.execution.build import build_runner
 from jaxllm.execution.platform import current_platform
 from jaxllm.execution.resolve import resolve
@@ -46,6 +46,7 @@ class Engine:
         model_config: the model's architecture.
         tokenizer: of Hugging Face, or None with `skip_tokenizer_init`.
         input_processor: turns prompts into requests; may be called from any thread.
+        is_sleeping: whether it has let go of its device memory, see `sleep`.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Engine:
         self._in_flight: deque[tuple[Plan, PendingResult]] = deque()
         self._max_in_flight = 2 if config.async_scheduling else 1
         self._stats = EngineStats()
+        self.is_sleeping = False
         self._recorders = self._start_recorders()
 
     def _start_recorders(self) -> list[Recorder]:
@@ -219,6 +221,8 @@ class Engine:
 
     def submit(self, requests: list[Request], prompt: str | None) -> None:
         """Takes in the n sequences of a user's request that has been processed already."""
+        if self.is_sleeping:
+            raise InvalidRequestError("The engine is asleep: wake it with wake_up (POST /wake_up) first.")
         request_id = requests[0].group_id or requests[0].request_id
         self._output_processor.add(requests, prompt, requests[0].sampling_params, request_id)
         added: list[Request] = []
@@ -264,6 +268,39 @@ class Engine:
     def reset_prefix_cache(self) -> bool:
         """Forgets all cached prefixes; False while requests hold pages."""
         return self.scheduler.reset_prefix_cache()
+
+    def sleep(self, level: int = 1) -> None:
+        """Lets go of device memory until `wake_up`; the compiled steps stay, and no request is taken.
+
+        Args:
+            level: 1 keeps the weights in the host's memory; 2 does not, and they are loaded anew.
+
+        Raises:
+            InvalidRequestError: requests are running, or there is no such level.
+        """
+        if level not in (1, 2):
+            raise InvalidRequestError(f"level={level!r}: there are levels 1 and 2.", param="level")
+        if self.has_unfinished_requests():
+            raise InvalidRequestError(
+                "The engine has unfinished requests; let them end, or abort them, first."
+            )
+        if not self.is_sleeping:
+            self.reset_prefix_cache()
+            self.runner.sleep(level)
+            self.is_sleeping = True
+
+    def wake_up(self, tags: Collection[str] | None = None) -> bool:
+        """Takes the device memory again, all of it or what the tags name.
+
+        Args:
+            tags: of "weights" and "kv_cache"; None is both.
+
+        Returns:
+            Whether the engine is awake, which takes both.
+        """
+        if self.is_sleeping:
+            self.is_sleeping = not self.runner.wake_up(tags)
+        return not self.is_sleeping
 
     def start_profile(self, directory: str) -> None:
         """Starts JAX's profiler; `stop_profile` writes a trace into the directory."""

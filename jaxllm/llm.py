@@ -300,6 +300,23 @@ class LLM(PoolingMethods):
         with self._lock:
             return self.llm_engine.reset_prefix_cache()
 
+    def sleep(self, level: int = 1) -> None:
+        """Let go of device memory until `wake_up`: of the KV cache, and of the weights.
+
+        Args:
+            level: 1 keeps the weights in the host's memory; 2 does not, and they are loaded anew.
+        """
+        with self._lock:
+            self.llm_engine.sleep(level)
+
+    def wake_up(self, tags: list[str] | None = None) -> bool:
+        """Take the device memory again: "weights", "kv_cache", or both where `tags` is None.
+
+        Returns whether the engine is awake, which takes both.
+        """
+        with self._lock:
+            return self.llm_engine.wake_up(tags)
+
     def start_profile(self, directory: str | os.PathLike[str] = "jaxllm-profile") -> None:
         """Record a trace of what follows with the JAX profiler, until `stop_profile`."""
         with self._lock:

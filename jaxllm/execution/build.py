@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from pathlib import Path
@@ -61,7 +62,8 @@ def build_runner(
         compile_all=config.forbid_recompile,
     )
     try:
-        params = load_parameters(
+        load = functools.partial(
+            load_parameters,
             path,
             model,
             specs,
@@ -72,7 +74,8 @@ def build_runner(
             seed=config.seed,
             progress=progress,
         )
-        runner.start(params, progress=progress)
+        runner.start(load(), progress=progress)
+        runner.load = load
     except BaseException:
         runner.close()
         raise

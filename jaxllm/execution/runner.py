@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from jaxllm.execution.buckets import step_shapes
 from jaxllm.execution.compiler import StepCompiler
 from jaxllm.execution.host_pages import HostPages
 from jaxllm.execution.sampler import Logprobs, LogprobsMode, SamplerState
+from jaxllm.execution.sleep import Sleep
 from jaxllm.execution.slots import SlotTable
 from jaxllm.execution.step import StepOutput, step
 from jaxllm.execution.token_masks import TokenMasks
@@ -95,7 +96,12 @@ class Runner:
         num_host_pages: kept in the host's memory for those who are preempted.
         num_logprobs: most probable tokens reported per position; requests may ask for up to so many.
         compile_all: compile every shape before the first step, and none after.
+
+    Attributes:
+        load: loads the parameters again, for a runner that slept without them.
     """
+
+    load: Callable[[], Parameters]
 
     def __init__(
         self,
@@ -177,6 +183,7 @@ class Runner:
 
     def start(self, params: Parameters, *, progress: bool) -> None:
         """Takes the weights, makes the cache, and waits until every plan can run."""
+        self._sleep: Sleep | None = None
         self._params = params
         self._kv_pages = jnp.zeros(self._abstract_cache.shape, self._abstract_cache.dtype)
         if self._host_pages is not None:
@@ -259,6 +266,18 @@ class Runner:
         batch.seq_floats[:, :count] = self._slots.floats[:, slots]
         batch.page_table[:count] = self._slots.page_table[slots]
         return batch, wants_logprobs, prompt_rows
+
+    def sleep(self, level: int) -> None:
+        """Lets go of the cache and, to the host's memory (level 1) or for good (level 2), of the weights."""
+        self._sleep = Sleep(self._params, self._kv_pages, keep_weights=level == 1, load=self.load)
+        del self._params, self._kv_pages
+
+    def wake_up(self, tags: Collection[str] | None = None) -> bool:
+        """Brings back what the tags name, see `Sleep`; whether the runner is awake then."""
+        if self._sleep is not None and (arrays := self._sleep.wake(tags)) is not None:
+            self._params, self._kv_pages = arrays
+            self._sleep = None
+        return self._sleep is None
 
     def close(self) -> None:
         """Stops compiling."""

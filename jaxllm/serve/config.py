@@ -40,8 +40,8 @@ class ServerConfig:
         max_log_len: characters of a prompt that are logged; all of them unless given.
         enable_tokenizer_info_endpoint: serve /tokenizer_info, which shows the tokenizer's settings and the
             chat template.
-        enable_dev_routes: serve /server_info and /reset_prefix_cache, which show and change
-            the engine itself; not for the open internet.
+        enable_dev_routes: serve /server_info, /reset_prefix_cache, /sleep and /wake_up, which show and
+            change the engine itself; not for the open internet.
         profile_dir: directory for what the JAX profiler records between /start_profile and /stop_profile;
             without it there are no such routes.
         max_num_queued_reqs: sequences that wait or run at once; further ones get a 503 with Retry-After.

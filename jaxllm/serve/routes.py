@@ -13,6 +13,7 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
 import jaxllm
+from jaxllm.errors import InvalidRequestError
 from jaxllm.serve.errors import error_response
 from jaxllm.serve.metrics import make_registry
 from jaxllm.serve.pooling import (
@@ -174,6 +175,28 @@ def add_dev_routes(app: FastAPI, state: ServerState) -> None:
     async def reset_prefix_cache() -> Response:
         done = await state.engine.call(lambda engine: engine.reset_prefix_cache())
         return _json({"success": done})
+
+    @app.post("/sleep")
+    async def sleep(http: HTTPRequest) -> Response:
+        level = _sleep_level(http.query_params.get("level", "1"))
+        await state.engine.call(lambda engine: engine.sleep(level))
+        return _json({"status": "sleeping", "level": level})
+
+    @app.post("/wake_up")
+    async def wake_up(http: HTTPRequest) -> Response:
+        tags = http.query_params.getlist("tags") or None
+        awake = await state.engine.call(lambda engine: engine.wake_up(tags))
+        return _json({"status": "awake" if awake else "sleeping", "tags": tags})
+
+    @app.get("/is_sleeping")
+    async def is_sleeping() -> Response:
+        return _json({"is_sleeping": await state.engine.call(lambda engine: engine.is_sleeping)})
+
+
+def _sleep_level(text: str) -> int:
+    if text not in ("1", "2"):
+        raise InvalidRequestError(f"level={text!r}: there are levels 1 and 2.", param="level")
+    return int(text)
 
 
 def _plain(value: Any) -> Any:

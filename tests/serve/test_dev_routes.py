@@ -14,6 +14,9 @@ ROUTES = [
     ("GET", "/tokenizer_info"),
     ("GET", "/server_info"),
     ("POST", "/reset_prefix_cache"),
+    ("POST", "/sleep"),
+    ("GET", "/is_sleeping"),
+    ("POST", "/wake_up"),
     ("POST", "/start_profile"),
     ("POST", "/stop_profile"),
 ]
@@ -35,6 +38,10 @@ def test_with_them_they_are_and_want_a_key(tmp_path: Path) -> None:
         profiled = []
         api.fake.start_profile = profiled.append  # type: ignore[attr-defined]
         api.fake.stop_profile = lambda: profiled.append("stop")  # type: ignore[attr-defined]
+        slept: list[object] = []
+        api.fake.is_sleeping = False  # type: ignore[attr-defined]
+        api.fake.sleep = slept.append  # type: ignore[attr-defined]
+        api.fake.wake_up = lambda tags: not slept.append(tags)  # type: ignore[attr-defined]
         key = {"Authorization": "Bearer secret"}
         for method, path in ROUTES:
             assert api.request(method, path).status_code == 401
@@ -42,6 +49,12 @@ def test_with_them_they_are_and_want_a_key(tmp_path: Path) -> None:
         assert profiled == [str(tmp_path), "stop"]
         assert api.request("POST", "/reset_prefix_cache", headers=key).json() == {"success": True}
         assert api.fake.resets == 2
+        assert slept == [1, None]
+        assert api.request("POST", "/sleep?level=2", headers=key).json() == {"status": "sleeping", "level": 2}
+        assert api.request("POST", "/sleep?level=7", headers=key).status_code == 400
+        awake = api.request("POST", "/wake_up?tags=weights&tags=kv_cache", headers=key).json()
+        assert awake == {"status": "awake", "tags": ["weights", "kv_cache"]}
+        assert slept[2:] == [2, ["weights", "kv_cache"]]
         info = api.get("/tokenizer_info", headers=key).json()
         assert info["tokenizer_class"] == type(demo_tokenizer()).__name__
         assert info["chat_template"] == demo_tokenizer().chat_template

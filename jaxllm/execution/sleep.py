@@ -1,0 +1,66 @@
+"""Giving a device's memory back while an engine has nothing to do, and getting it again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm.errors import InvalidRequestError
+from jaxllm.models.parameters import Parameters
+
+TAGS = ("weights", "kv_cache")
+
+
+class Sleep:
+    """What a runner has given up, and how it comes back. The compiled steps stay.
+
+    Args:
+        params, kv_pages: let go of here; nobody may hold them any longer.
+        keep_weights: keep the weights in the host's memory; otherwise they are loaded anew.
+        load: loads them.
+    """
+
+    def __init__(
+        self, params: Parameters, kv_pages: jax.Array, *, keep_weights: bool, load: Callable[[], Parameters]
+    ) -> None:
+        self._shardings = jax.tree.map(lambda array: array.sharding, params)
+        self._cache = jax.ShapeDtypeStruct(kv_pages.shape, kv_pages.dtype, sharding=kv_pages.sharding)
+        # A copy, where the device is the host itself as well: a view would keep the array alive.
+        self._weights = jax.tree.map(lambda array: np.array(array), params) if keep_weights else None
+        self._load = load
+        self._awake: dict[str, Any] = {}
+        for array in (*jax.tree.leaves(params), kv_pages):
+            array.delete()
+
+    def wake(self, tags: Collection[str] | None) -> tuple[Parameters, jax.Array] | None:
+        """Brings back what the tags name, all of it where they are None.
+
+        Returns:
+            Parameters and an empty cache once both are back, None before.
+
+        Raises:
+            InvalidRequestError: an unknown tag.
+        """
+        unknown = [tag for tag in tags or () if tag not in TAGS]
+        if unknown:
+            raise InvalidRequestError(
+                f"tags has {unknown[0]!r}; there are {' and '.join(TAGS)}.", param="tags"
+            )
+        wanted = [tag for tag in TAGS if (tags is None or tag in tags) and tag not in self._awake]
+        if "weights" in wanted:
+            self._awake["weights"] = (
+                self._load()
+                if self._weights is None
+                else jax.tree.map(jax.device_put, self._weights, self._shardings)
+            )
+            self._weights = None
+        if "kv_cache" in wanted:
+            cache = self._cache
+            self._awake["kv_cache"] = jnp.zeros(cache.shape, cache.dtype, device=cache.sharding)
+        if len(self._awake) < len(TAGS):
+            return None
+        return self._awake["weights"], self._awake["kv_cache"]
