@@ -104,8 +104,8 @@ def make_parser(program: str) -> Parser:
         prog=program,
         usage=f"{program} [MODEL] [--config FILE] [flags]",
         description="Serve a model to OpenAI clients. Without MODEL, a tiny bundled demo model.",
-        epilog="--help='KV cache' shows one group alone. Integers take suffixes: 1k is 1000, 1K is 1024, 25.6k is"
-        " 25600. Flags that take JSON take dotted keys too: --hf-overrides.rope_theta 1e6.",
+        epilog="--help='KV cache' shows one group alone. Integers take suffixes: 1k is 1000, 1K is 1024,"
+        " 25.6k is 25600. Flags that take JSON take dotted keys too: --hf-overrides.rope_theta 1e6.",
         allow_abbrev=False,
     )
     parser.add_argument("model_positional", nargs="?", metavar="MODEL", help="directory or hub name")

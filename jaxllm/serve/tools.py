@@ -9,6 +9,7 @@ from pydantic import Field
 
 from jaxllm.serve.body import Body, refusal
 from jaxllm.structured_outputs import StructuredOutputsParams
+from jaxllm.text.parsers.tool_parsers import CallForm
 
 
 class FunctionDefinition(Body):
@@ -101,6 +102,27 @@ def forced_form(
     if not parallel:
         schema["maxItems"] = 1
     return StructuredOutputsParams(json=schema | {key: value for key, value in definitions.items() if value})
+
+
+def strict_form(tools: Sequence[Tool], call: CallForm, *, parallel: bool) -> StructuredOutputsParams:
+    """Free text in which every call of a strict function fits its schema.
+
+    Args:
+        call: how the model writes a call.
+    """
+    tags = [
+        {
+            "begin": call.begin.replace("NAME", tool.function.name),
+            "content": {
+                "type": "json_schema",
+                "json_schema": _arguments_schema(tool) if tool.function.strict else {"type": "object"},
+            },
+            "end": call.end,
+        }
+        for tool in tools
+    ]
+    triggered = {"type": "triggered_tags", "triggers": [call.trigger], "tags": tags}
+    return StructuredOutputsParams(structural_tag={"format": {**triggered, "stop_after_first": not parallel}})
 
 
 def _arguments_schema(tool: Tool) -> dict[str, Any]:

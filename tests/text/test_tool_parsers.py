@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from jaxllm.text.parsers.message import MessageFormat, MessageParser
 from jaxllm.text.parsers.tool_parsers import TOOL_PARSERS, call_list_of_any, named_call
 from jaxllm.text.parsers.tools import tools_of
-from tests.text.transcripts import TOOLS, TRANSCRIPTS, TWO, Transcript, call_text, hermes
+from tests.text.transcripts import SUM, TOOLS, TRANSCRIPTS, TWO, Transcript, call_text, hermes
 
 OFFERED = tools_of(TOOLS)
 
@@ -161,6 +161,17 @@ def test_calls_of_tools_that_nobody_offered_are_told_where_the_format_is_clear(t
     bare = call_text("other", {})
     # A bare bracket may open anything: only there the name decides.
     assert read("llama3_json", bare, tools=tools).calls == ([] if tools else [["other", "{}"]])
+
+
+@pytest.mark.parametrize("name", sorted(n for n, parser in TOOL_PARSERS.items() if parser.form is not None))
+def test_what_a_grammar_makes_of_a_call_is_read(name: str) -> None:
+    form = TOOL_PARSERS[name].form
+    assert form is not None
+    assert form.begin.startswith(form.trigger)
+    text = form.begin.replace("NAME", "add") + json.dumps(SUM) + form.end
+    found = read(name, *f"So {text}{text}")
+    assert [(n, json.loads(a)) for n, a in found.calls] == [("add", SUM), ("add", SUM)]
+    assert found.content == "So "
 
 
 def test_forced_calls() -> None:

@@ -40,6 +40,21 @@ def mistral_call_id() -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class CallForm:
+    """How a call whose arguments are JSON is written, for grammars that hold it to a schema.
+
+    Attributes:
+        trigger: what `begin` begins with; wherever it appears in a text, a call follows.
+        begin: up to the arguments, with NAME where the function's name goes.
+        end: behind the arguments.
+    """
+
+    trigger: str
+    begin: str
+    end: str
+
+
+@dataclass(frozen=True, slots=True)
 class ToolParser:
     """How a family of models writes its calls.
 
@@ -47,15 +62,22 @@ class ToolParser:
         parse: tells content and calls of a text (`jaxllm.text.parsers.reader` has what it reads with).
         marks: what delimits the calls. Those that are special tokens are kept in the text for it.
         make_id: ids of calls whose text has none.
+        form: how one call is written, where that is known and the same for every call.
     """
 
     parse: Callable[[Reader, Tools], Steps[None]]
     marks: tuple[str, ...] = ()
     make_id: Callable[[], str] = random_call_id
+    form: CallForm | None = None
 
 
-def _sections(section: Section, *marks: str, make_id: Callable[[], str] = random_call_id) -> ToolParser:
-    return ToolParser(section.parse, (*section.marks, *marks), make_id)
+def _sections(
+    section: Section,
+    *marks: str,
+    make_id: Callable[[], str] = random_call_id,
+    form: CallForm | None = None,
+) -> ToolParser:
+    return ToolParser(section.parse, (*section.marks, *marks), make_id, form)
 
 
 _DEEPSEEK_SECTION = ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>")
@@ -64,12 +86,14 @@ _KIMI_SECTION = ("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>")
 _KIMI_CALL = ("<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>")
 
 
-def _deepseek(middle: str, header: str, *close: str) -> ToolParser:
+def _deepseek(middle: str, header: str, begin: str, *close: str) -> ToolParser:
     item = NamedArguments(
         re.compile(header, re.DOTALL), _DEEPSEEK_CALL[0], middle, (*close, _DEEPSEEK_CALL[1])
     )
     section = Section(item, _DEEPSEEK_SECTION[:1], _DEEPSEEK_SECTION[1], bare=_DEEPSEEK_CALL[:1])
-    return _sections(section, *_DEEPSEEK_CALL, "<｜tool▁sep｜>")
+    end = "\n".join(("", *close)) + _DEEPSEEK_CALL[1]
+    form = CallForm(_DEEPSEEK_CALL[0], _DEEPSEEK_CALL[0] + begin + middle, end)
+    return _sections(section, *_DEEPSEEK_CALL, "<｜tool▁sep｜>", form=form)
 
 
 _QWEN = TaggedArguments(
@@ -95,30 +119,43 @@ _GLM = TaggedArguments(
     section_end="</tool_call>",
 )
 
-_hermes = _sections(Section(call_object_or_list, ("<tool_call>",), "</tool_call>"))
+_OBJECT = '{"name": "NAME", "arguments": '
+
+_hermes = _sections(
+    Section(call_object_or_list, ("<tool_call>",), "</tool_call>"),
+    form=CallForm("<tool_call>", f"<tool_call>\n{_OBJECT}", "}\n</tool_call>"),
+)
 _qwen = _sections(Section(_QWEN, ("<tool_call>",), "</tool_call>", bare=("<function=",)))
 _glm = _sections(Section(_GLM, ("<tool_call>",), "</tool_call>"), "<arg_key>", "</arg_key>", "<arg_value>")
+_internlm = _sections(
+    Section(call_object, ("<|action_start|><|plugin|>",), "<|action_end|>"),
+    *("<|action_start|>", "<|plugin|>"),
+    form=CallForm(
+        "<|action_start|><|plugin|>",
+        '<|action_start|><|plugin|>\n{"name": "NAME", "parameters": ',
+        "}<|action_end|>",
+    ),
+)
+_KIMI_ITEM = NamedArguments(
+    re.compile(r"\s*(?P<id>(?:functions\.)?(?P<name>[\w.\-]+):\d+)\s*"),
+    _KIMI_CALL[0],
+    _KIMI_CALL[1],
+    _KIMI_CALL[2:],
+)
+_kimi = _sections(Section(_KIMI_ITEM, _KIMI_SECTION[:1], _KIMI_SECTION[1], bare=_KIMI_CALL[:1]), *_KIMI_CALL)
 
 TOOL_PARSERS: dict[str, ToolParser] = {
-    "deepseek_v3": _deepseek("\n```json\n", r"(?:.*<｜tool▁sep｜>)?\s*(?P<name>[\w.\-]+)\s*", "```"),
-    "deepseek_v31": _deepseek("<｜tool▁sep｜>", r"\s*(?P<name>[\w.\-]+)\s*"),
+    "deepseek_v3": _deepseek(
+        "\n```json\n", r"(?:.*<｜tool▁sep｜>)?\s*(?P<name>[\w.\-]+)\s*", "function<｜tool▁sep｜>NAME", "```"
+    ),
+    "deepseek_v31": _deepseek("<｜tool▁sep｜>", r"\s*(?P<name>[\w.\-]+)\s*", "NAME"),
     "glm45": _glm,
     "granite": _sections(Section(call_list, ("<|tool_call|>", "<tool_call>"))),
     "granite4": _hermes,
     "hermes": _hermes,
-    "internlm": _sections(Section(call_object, ("<|action_start|><|plugin|>",), "<|action_end|>"),
-                          "<|action_start|>", "<|plugin|>"),
+    "internlm": _internlm,
     "jamba": _sections(Section(call_list, ("<tool_calls>",), "</tool_calls>")),
-    "kimi_k2": _sections(
-        Section(
-            NamedArguments(
-                re.compile(r"\s*(?P<id>(?:functions\.)?(?P<name>[\w.\-]+):\d+)\s*"),
-                _KIMI_CALL[0], _KIMI_CALL[1], _KIMI_CALL[2:],
-            ),
-            _KIMI_SECTION[:1], _KIMI_SECTION[1], bare=_KIMI_CALL[:1],
-        ),
-        *_KIMI_CALL,
-    ),
+    "kimi_k2": _kimi,
     "llama3_json": _sections(Section(call_object, ("<|python_tag|>",), bare=("{",), separators=";")),
     "llama4_pythonic": _sections(Section(python_list, ("<|python_start|>",), "<|python_end|>", bare=("[",))),
     "mistral": _sections(
@@ -129,7 +166,7 @@ TOOL_PARSERS: dict[str, ToolParser] = {
     "pythonic": _sections(Section(python_list, bare=("[",))),
     "qwen3_coder": _qwen,
     "qwen3_xml": _qwen,
-}  # fmt: skip
+}
 
 
 def register_tool_parser(name: str, parser: ToolParser) -> None:
