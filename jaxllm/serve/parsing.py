@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 from jaxllm.errors import ConfigError, InvalidRequestError
 from jaxllm.serve.config import ServerConfig
 from jaxllm.serve.protocol import ChatCompletionRequest
-from jaxllm.serve.tools import NamedToolChoice
+from jaxllm.serve.tools import NamedToolChoice, strict_form
+from jaxllm.structured_outputs import StructuredOutputsParams
 from jaxllm.text.parsers import harmony
 from jaxllm.text.parsers.message import MessageFormat
 from jaxllm.text.parsers.reasoning import REASONING_FORMATS, ReasoningFormat
@@ -20,6 +21,24 @@ from jaxllm.text.parsers.tool_parsers import TOOL_PARSERS, ToolParser, call_list
 from jaxllm.text.parsers.tools import tools_of
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Demands:
+    """What the reading of an answer demands of its generation.
+
+    Attributes:
+        skips_special_tokens: the text may do without them; else they stay, whatever the request says.
+        form: the text must have, or None.
+        form_after: token ids behind which a form is to hold, the request's or this one; none for at once.
+    """
+
+    skips_special_tokens: bool = True
+    form: StructuredOutputsParams | None = None
+    form_after: tuple[int, ...] = ()
+
+
+NO_DEMANDS = Demands()
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,15 +120,44 @@ class OutputParsers:
             None if body.parallel_tool_calls is not False else 1,
         )
 
-    def needs_special_tokens(self, body: ChatCompletionRequest, tokenizer: Any) -> bool:
-        """Whether a mark that a parser looks for is a special token, which is left out of text otherwise."""
+    def demands_of(self, body: ChatCompletionRequest, prompt: str, tokenizer: Any) -> Demands:
+        """What the generation must heed for the answer to be read.
+
+        Raises:
+            InvalidRequestError: a function is strict, and no grammar knows how this model calls it.
+        """
+        reasoning = self.reasoning
+        thinks = reasoning is not None and (reasoning.is_harmony or reasoning.starts_inside(prompt))
+        after = tuple(reasoning.answer_mark(tokenizer)) if reasoning is not None and thinks else ()
+        return Demands(
+            self._marks_of(body).isdisjoint(_special_tokens(tokenizer)), self._form_of(body), after
+        )
+
+    def _marks_of(self, body: ChatCompletionRequest) -> set[str]:
+        """What the parsers of a chat look for."""
         calls = self.calls_of(body)
         marks = set() if calls is None else set(calls.marks)
         if self.reasoning is not None:
             marks |= {*self.reasoning.starts, *self.reasoning.ends}
             if self.reasoning.is_harmony:
                 marks |= set(harmony.MARKS)
-        return not marks.isdisjoint(_special_tokens(tokenizer))
+        return marks
+
+    def _form_of(self, body: ChatCompletionRequest) -> StructuredOutputsParams | None:
+        """The form of an answer whose calls, where there are any, are held to schemas."""
+        tools = body.tools or []
+        strict = next((tool.function.name for tool in tools if tool.function.strict), None)
+        if strict is None or body.chosen_tool != "auto" or self.tools is None:
+            return None
+        if self.tools.form is None:
+            able = ", ".join(sorted(name for name, parser in TOOL_PARSERS.items() if parser.form is not None))
+            raise InvalidRequestError(
+                f"Field 'tools' has '{strict}' as strict: how this model calls it cannot be held to a schema"
+                f" (it can with the parsers {able}). Leave 'strict' out, or say in 'tool_choice' that it, or"
+                " any tool, must be called.",
+                param="tools",
+            )
+        return strict_form(tools, self.tools.form, parallel=body.parallel_tool_calls is not False)
 
 
 def load_plugin(path: str) -> None:

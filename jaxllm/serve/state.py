@@ -17,7 +17,7 @@ from jaxllm.sampling_params import SamplingParams
 from jaxllm.serve.config import ServerConfig
 from jaxllm.serve.errors import NotFoundError, OverloadedError
 from jaxllm.serve.logs import REQUEST_ID
-from jaxllm.serve.parsing import OutputParsers
+from jaxllm.serve.parsing import NO_DEMANDS, Demands, OutputParsers
 from jaxllm.serve.protocol import GenerationRequest
 from jaxllm.text.chat_template import render_chat
 
@@ -197,13 +197,12 @@ async def start_generations(
     body: GenerationRequest,
     prompts: Sequence[PromptInput],
     public_id: str,
-    *,
-    keep_special_tokens: bool = False,
+    demands: Demands = NO_DEMANDS,
 ) -> list[Generation]:
     """Check every prompt, then submit them all; none is submitted when one is refused.
 
     Args:
-        keep_special_tokens: they stay in the text, whatever the request says, for a parser to see them.
+        demands: of whoever reads the completions.
 
     Raises:
         InvalidRequestError: naming the field.
@@ -212,14 +211,24 @@ async def start_generations(
     params = body.to_sampling_params(state.default_sampling_params())
     sequences = len(prompts) * body.num_completions
     state.check_room(sequences)
-    if keep_special_tokens:
+    if not demands.skips_special_tokens:
         params.skip_special_tokens = False
+    if demands.form is not None:
+        if params.structured_outputs is not None:
+            raise InvalidRequestError(
+                f"Field '{body.form_field()}' asks for a form of the answer, and a strict function in 'tools'"
+                " for one of its calls; give one of them.",
+                param="tools",
+            )
+        params.structured_outputs = demands.form
     # Clients choose their ids freely, also the same one twice at once.
     unique = uuid.uuid4().hex[:8]
     ids = [f"{public_id}-{unique}-{i}" for i in range(len(prompts))]
     try:
         await state.engine.compile_grammar(params)
-        processed = await state.engine.run_in_thread(_process_all, state, body, prompts, params, ids)
+        processed = await state.engine.run_in_thread(
+            _process_all, state, body, prompts, params, ids, demands.form_after
+        )
     except InvalidRequestError as error:
         if error.param == "structured_outputs":
             error.param = body.form_field()
@@ -267,15 +276,21 @@ def _process_all(
     prompts: Sequence[PromptInput],
     params: SamplingParams,
     request_ids: Sequence[str],
+    form_after: Sequence[int],
 ) -> list[ProcessedInput]:
     return [
-        _process(state, body, prompt, params, request_id)
+        _process(state, body, prompt, params, request_id, form_after)
         for prompt, request_id in zip(prompts, request_ids, strict=True)
     ]
 
 
 def _process(
-    state: ServerState, body: GenerationRequest, prompt: PromptInput, params: SamplingParams, request_id: str
+    state: ServerState,
+    body: GenerationRequest,
+    prompt: PromptInput,
+    params: SamplingParams,
+    request_id: str,
+    form_after: Sequence[int],
 ) -> ProcessedInput:
     try:
         processed = state.engine.engine.input_processor.process(
@@ -284,6 +299,7 @@ def _process(
             params,
             terms=body.scheduling_terms(),
             cache_salt=body.cache_salt,
+            grammar_after=form_after,
         )
     except InvalidRequestError as error:
         if error.param in ("prompt", "prompt_token_ids"):

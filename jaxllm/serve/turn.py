@@ -61,8 +61,8 @@ async def start_turn(state: ServerState, body: ChatCompletionRequest, public_id:
     """Render a conversation and submit it to the engine."""
     text = await render_turn(state, body)
     prompt = PromptInput(text=text, add_special_tokens=body.add_special_tokens)
-    keep = state.parsers.needs_special_tokens(body, state.tokenizer)
-    generations = await start_generations(state, body, [prompt], public_id, keep_special_tokens=keep)
+    demands = state.parsers.demands_of(body, text, state.tokenizer)
+    generations = await start_generations(state, body, [prompt], public_id, demands)
     return Turn(body, generations[0], state.parsers.format_of(body, text))
 
 

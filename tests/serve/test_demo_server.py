@@ -234,6 +234,22 @@ def test_a_streamed_call_is_the_same(client: openai.OpenAI) -> None:
     ]
 
 
+def test_a_call_that_must_be_made(client: openai.OpenAI) -> None:
+    """At a high temperature the model writes anything; its calls fit their schemas all the same."""
+    fields: dict[str, Any] = {"tools": WEATHER, "temperature": 1.5, "seed": 1, "max_tokens": 200}
+    forced = ask(client, tool_choice="required", parallel_tool_calls=False, n=4, **fields)
+    named = ask(client, tool_choice={"type": "function", "function": {"name": "get_weather"}}, n=4, **fields)
+    for choice in (*forced.choices, *named.choices):
+        if choice.finish_reason == "length":
+            continue
+        (call,) = choice.message.tool_calls
+        assert call.function.name == "get_weather"
+        assert isinstance(json.loads(call.function.arguments)["city"], str)
+    assert {choice.finish_reason for choice in forced.choices} <= {"tool_calls", "length"}
+    assert {choice.finish_reason for choice in named.choices} <= {"stop", "length"}
+    assert any(choice.finish_reason != "length" for choice in (*forced.choices, *named.choices))
+
+
 def test_forty_clients_at_once(demo: DemoServer, client: openai.OpenAI) -> None:
     expected = ask(client).choices[0].message.content
 

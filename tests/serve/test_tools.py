@@ -245,6 +245,113 @@ def test_marks_that_are_special_tokens_stay_in_the_text(monkeypatch: pytest.Monk
         assert api.fake.submitted[-1].sampling_params.skip_special_tokens
 
 
+def listed(*wanted: tuple[str, Any]) -> str:
+    return json.dumps([{"name": name, "parameters": arguments} for name, arguments in wanted])
+
+
+def fits(api: Api, text: str) -> bool:
+    """Whether the form of the newest request admits a text."""
+    grammar = api.fake.submitted[-1].grammar
+    assert grammar is not None
+    matcher = grammar.fork()  # type: ignore[attr-defined]
+    ids = demo_tokenizer().encode(text, add_special_tokens=False)
+    eos = next(iter(api.fake.submitted[-1].eos_token_ids))
+    return all(matcher.accept(i) is None for i in [*ids, eos])
+
+
+def test_a_required_call_is_a_form_of_the_answer() -> None:
+    with serving(max_model_len=1024) as api:  # No parser is needed for it.
+        api.fake.reply = says(listed(("get_weather", PARIS), ("add", SUM)))
+        for choice in (ask(api, tool_choice="required"), streamed(api, tool_choice="required")):
+            assert calls(choice) == [("get_weather", PARIS), ("add", SUM)]
+            assert not choice["message"]["content"]
+            assert choice["finish_reason"] == "tool_calls"
+        assert fits(api, listed(("get_weather", PARIS), ("now", {})))
+        for bad in ("[]", "No.", listed(("other", {})), listed(("get_weather", {"days": "x"}))):
+            assert not fits(api, bad), bad
+        ask(api, tool_choice="required", parallel_tool_calls=False)
+        assert fits(api, listed(("add", SUM)))
+        assert not fits(api, listed(("add", SUM), ("add", SUM)))
+
+
+def test_a_named_call_is_the_form_of_its_arguments() -> None:
+    named = {"type": "function", "function": {"name": "get_weather"}}
+    with serving(max_model_len=1024) as api:
+        api.fake.reply = says(json.dumps(PARIS))
+        for choice in (ask(api, tool_choice=named), streamed(api, tool_choice=named)):
+            assert calls(choice) == [("get_weather", PARIS)]
+            assert choice["finish_reason"] == "stop"
+        assert fits(api, '{"city": "x"}')
+        assert not fits(api, '{"city": 5}')
+
+
+def test_definitions_of_several_tools_stay_reachable() -> None:
+    def tool(name: str, kind: str) -> dict[str, Any]:
+        schema = {
+            "type": "object",
+            "properties": {"x": {"$ref": f"#/$defs/{name}"}},
+            "required": ["x"],
+            "$defs": {name: {"type": kind}},
+        }
+        return {"type": "function", "function": {"name": name, "parameters": schema}}
+
+    with serving(max_model_len=1024) as api:
+        tools = [tool("f", "integer"), tool("g", "boolean")]
+        api.chat(tools=tools, tool_choice="required")
+        assert fits(api, listed(("f", {"x": 1}), ("g", {"x": True})))
+        assert not fits(api, listed(("f", {"x": True})))
+
+
+def test_strict_functions_are_held_to_their_schemas(tools_api: Api) -> None:
+    weather = {**TOOLS[0]["function"], "strict": True}
+    tools = [{"type": "function", "function": weather}, TOOLS[1]]
+    tools_api.fake.reply = says(TWO)
+    choice = tools_api.chat(tools=tools)["choices"][0]
+    assert len(calls(choice)) == 2
+    assert fits(tools_api, "Just text <b>.")
+    assert fits(tools_api, TWO)
+    assert not fits(tools_api, hermes("get_weather", {"city": 5}))
+    assert not fits(tools_api, hermes("other", {}))
+    assert fits(tools_api, hermes("add", {"anything": 5}))
+    error = tools_api.refused(
+        PATH, {"messages": USER, "tools": tools, "response_format": {"type": "json_object"}}
+    )
+    assert error["param"] == "tools"
+    config = ServerConfig(enable_auto_tool_choice=True, tool_call_parser="pythonic")
+    with serving(config, max_model_len=1024) as api:
+        error = api.refused(PATH, {"messages": USER, "tools": tools})
+        assert "hermes" in error["message"]
+        assert api.chat(tools=tools, tool_choice="none")
+
+
+def test_calls_and_another_form_exclude_each_other(tools_api: Api) -> None:
+    body = {"messages": USER, "tools": TOOLS, "tool_choice": "required"}
+    error = tools_api.refused(PATH, {**body, "response_format": {"type": "json_object"}})
+    assert error["param"] == "tool_choice"
+
+
+def test_a_schema_that_cannot_be_enforced_is_blamed_on_the_tools() -> None:
+    bad = {"type": "function", "function": {"name": "f", "parameters": {"type": "nonsense"}}}
+    with serving(max_model_len=1024) as api:
+        error = api.refused(PATH, {"messages": USER, "tools": [bad], "tool_choice": "required"})
+        assert error["param"] == "tools"
+
+
+def test_a_form_holds_behind_the_reasoning() -> None:
+    with serving(ServerConfig(reasoning_parser="deepseek_r1"), max_model_len=1024) as api:
+        api.fake.reply = says("So.</think>" + listed(("add", SUM)))
+        for choice in (ask(api, tool_choice="required"), streamed(api, tool_choice="required")):
+            assert choice["message"]["reasoning"] == "So."
+            assert calls(choice) == [("add", SUM)]
+        mark = demo_tokenizer().encode("</think>", add_special_tokens=False)
+        grammar = api.fake.submitted[-1].grammar.fork(mark)  # type: ignore[union-attr]
+        assert not grammar.is_active
+        for token in demo_tokenizer().encode("So.</think>", add_special_tokens=False):
+            assert grammar.accept(token) is None
+        assert api.fake.submitted[-1].grammar._awaited == mark  # type: ignore[union-attr]
+        assert grammar.is_active
+
+
 PLUGIN = """
 from jaxllm.text.parsers.events import Arguments, CallStart, Content
 from jaxllm.text.parsers.tool_parsers import ToolParser, register_tool_parser

@@ -105,11 +105,19 @@ def test_without_tools_a_mark_of_calls_is_a_thought() -> None:
     assert read("qwen3", "", ["about <tool_call> tags</think>x"]).reasoning == "about <tool_call> tags"
 
 
-def test_end_token_ids() -> None:
+def test_where_the_answer_begins() -> None:
     class Tokenizer:
         def get_vocab(self) -> dict[str, int]:
-            return {"<think>": 5, "</think>": 6, "[/THINK]": 7}
+            return {"</think>": 6}
 
-    assert REASONING_FORMATS["qwen3"].end_token_ids(Tokenizer()) == {6}
-    assert REASONING_FORMATS["mistral"].end_token_ids(Tokenizer()) == {6, 7}
-    assert REASONING_FORMATS["granite"].end_token_ids(Tokenizer()) == set()
+        def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+            assert not add_special_tokens
+            return [6] if text == "</think>" else [ord(character) for character in text]
+
+    tokenizer = Tokenizer()
+    assert REASONING_FORMATS["qwen3"].answer_mark(tokenizer) == [6]
+    assert REASONING_FORMATS["mistral"].answer_mark(tokenizer) == [6]
+    granite = REASONING_FORMATS["granite"].answer_mark(tokenizer)
+    assert "".join(map(chr, granite)) == "Here is my response:"
+    final = REASONING_FORMATS["openai_gptoss"].answer_mark(tokenizer)
+    assert "".join(map(chr, final)) == "<|channel|>final<|message|>"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jaxllm.text.parsers import harmony
 from jaxllm.text.parsers.events import Content, Reasoning, Steps
 from jaxllm.text.parsers.reader import Reader
 
@@ -41,13 +42,14 @@ class ReasoningFormat:
             return True
         return self.begins_inside and not tail.endswith(self.ends)
 
-    def end_token_ids(self, tokenizer: Any) -> frozenset[int]:
-        """Token ids that end the reasoning by themselves, for grammars that begin behind it.
-
-        Empty where an end is several tokens.
-        """
-        vocabulary = tokenizer.get_vocab()
-        return frozenset(vocabulary[mark] for mark in self.ends if mark in vocabulary)
+    def answer_mark(self, tokenizer: Any) -> list[int]:
+        """Token ids behind which the answer begins, for a grammar that is to constrain it alone."""
+        if self.is_harmony:
+            mark = f"{harmony.CHANNEL}final{harmony.MESSAGE}"
+        else:
+            vocabulary = tokenizer.get_vocab()
+            mark = next((end for end in self.ends if end in vocabulary), self.ends[0])
+        return list(tokenizer.encode(mark, add_special_tokens=False))
 
     def parse(self, reader: Reader, *, inside: bool, with_tools: bool = False) -> Steps[None]:
         """Tell reasoning and, behind it, content. Line breaks next to the marks belong to these.
