@@ -20,27 +20,33 @@ from pallas_kernels.grouped_matmul import grouped_matmul
 
 
 class GroupedLinear(nnx.Module):
-    """y = x W_e for rows that are sorted by expert; the weight is [experts, in, out...]."""
+    """y = x W_e for rows that are sorted by expert.
+
+    The weight is [experts, in, out], or [parts, experts, in, out] where there are several such products.
+    """
 
     def __init__(self, shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: jnp.dtype) -> None:
         self.weight = declare(shape, axes, dtype)
 
-    def __call__(self, rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
-        """rows [R, in] and int32[experts], how many of them each expert has; returns [R, out...]."""
-
+    def __call__(self, rows: jax.Array, group_sizes: jax.Array, part: int = 0) -> jax.Array:
+        """rows [R, in] and int32[experts], how many of them each expert has; returns [R, out]."""
         weight = self.weight.get_value()
+        experts = group_sizes.shape[0]
         if isinstance(weight, OneOfStack):
-            whole = weight.stack.reshape(-1, *weight.stack.shape[2:])
-            return _product(rows, whole, group_sizes, weight.index * weight.stack.shape[1])
-        return apply_weight(lambda own, rows: _product(rows, own, group_sizes, 0), weight, rows)
+            matrices = _matrices(weight.stack)
+            per_layer = matrices.shape[0] // weight.stack.shape[0]
+            first = weight.index * per_layer + part * experts
+            return grouped_matmul(rows, matrices, group_sizes, first_group=first)
+
+        def product(own: jax.Array, rows: jax.Array) -> jax.Array:
+            return grouped_matmul(rows, _matrices(own), group_sizes, first_group=part * experts)
+
+        return apply_weight(product, weight, rows)
 
 
-def _product(
-    rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, first: jax.Array | int
-) -> jax.Array:
-    flat = weights.reshape(*weights.shape[:2], -1)
-    out = grouped_matmul(rows, flat, group_sizes, first_group=first)
-    return out.reshape(-1, *weights.shape[2:])
+def _matrices(weight: jax.Array) -> jax.Array:
+    """[..., in, out] as one list of matrices: the last two dimensions are as they were, so nothing moves."""
+    return weight.reshape(-1, *weight.shape[-2:])
 
 
 class Experts(nnx.Module):
@@ -48,14 +54,14 @@ class Experts(nnx.Module):
 
     def __init__(self, config: ModelConfig, moe: MoEConfig, dtype: jnp.dtype) -> None:
         experts, inner, hidden = moe.num_experts, moe.intermediate_size, config.hidden_size
-        self.gate_up = GroupedLinear((experts, hidden, 2, inner), ("experts", "embed", None, "mlp"), dtype)
+        self.gate_up = GroupedLinear((2, experts, hidden, inner), (None, "experts", "embed", "mlp"), dtype)
         self.down = GroupedLinear((experts, inner, hidden), ("experts", "mlp", "embed"), dtype)
         self.activation = config.activation
 
     def __call__(self, rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
         """rows [R, D], sorted by expert; returns [R, D]."""
-        gate_up = self.gate_up(rows, group_sizes)
-        return self.down(ACTIVATIONS[self.activation](gate_up[:, 0]) * gate_up[:, 1], group_sizes)
+        gate, up = (self.gate_up(rows, group_sizes, part) for part in range(2))
+        return self.down(ACTIVATIONS[self.activation](gate) * up, group_sizes)
 
 
 class MoE(nnx.Module):

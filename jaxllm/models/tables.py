@@ -212,8 +212,9 @@ def _experts_apart(config: ModelConfig, moe: MoEConfig, names: _ExpertNames) -> 
     for expert in range(moe.num_experts):
         one, ours = f"{block}.experts.{expert}", "layers.mlp.experts"
         for part, name in enumerate((names.gate, names.up)):
-            at = (expert, slice(None), part)
-            table.add(f"{one}.{name}.weight", f"{ours}.gate_up.weight", "i d -> d i", at, moe.layers)
+            table.add(
+                f"{one}.{name}.weight", f"{ours}.gate_up.weight", "i d -> d i", (part, expert), moe.layers
+            )
         table.add(f"{one}.{names.down}.weight", f"{ours}.down.weight", "d i -> i d", (expert,), moe.layers)
     return tuple(table.pieces)
 
@@ -224,7 +225,7 @@ def _experts_fused(config: ModelConfig, moe: MoEConfig) -> tuple[Piece, ...]:
     table.add(f"{block}.gate.weight", "layers.mlp.router.weight", "x d", (), moe.layers)
     ours = "layers.mlp.experts"
     table.add(
-        f"{block}.experts.gate_up_proj", f"{ours}.gate_up.weight", "x (2 i) d -> x d 2 i", (), moe.layers
+        f"{block}.experts.gate_up_proj", f"{ours}.gate_up.weight", "x (2 i) d -> 2 x d i", (), moe.layers
     )
     table.add(f"{block}.experts.down_proj", f"{ours}.down.weight", "x d i -> x i d", (), moe.layers)
     return tuple(table.pieces)

@@ -49,12 +49,17 @@ class Served:
         return (self.layers, self.num_pages, self.page_size, *rows)
 
 
-def compile_layers(chip: str, served: Served, donate: bool = True) -> Any:
-    """A loop over layers, each of whose keys depends on the output of the one before, compiled for a chip."""
+def sharding_on(chip: str) -> SingleDeviceSharding:
+    """Where the arrays of a program lie that is compiled for a chip."""
     for name, value in _WITHOUT_A_CHIP.items():
         os.environ.setdefault(name, value)
     device = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices[0]
-    here = SingleDeviceSharding(device)
+    return SingleDeviceSharding(device)
+
+
+def compile_layers(chip: str, served: Served, donate: bool = True) -> Any:
+    """A loop over layers, each of whose keys depends on the output of the one before, compiled for a chip."""
+    here = sharding_on(chip)
     row_major = Format(Layout(tuple(range(5))), here)
     shape_of = {
         "sinks": ((served.heads,), jnp.float32),

@@ -48,7 +48,7 @@ def expected(x: np.ndarray, weights: dict[str, np.ndarray], per_token: int, *, n
         chosen = sorted(range(len(probabilities)), key=lambda e: -probabilities[e])[:per_token]
         total = sum(probabilities[e] for e in chosen) if normalize else 1.0
         for e in chosen:
-            gate, up = np.einsum("dci,d->ci", w["experts.gate_up"][e], row)
+            gate, up = np.einsum("cdi,d->ci", w["experts.gate_up"][:, e], row)
             out[token] += probabilities[e] / total * ((silu(gate) * up) @ w["experts.down"][e])
         if "shared_gate" in w:
             gate, up = w["shared.gate_up"] @ row

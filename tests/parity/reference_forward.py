@@ -153,7 +153,7 @@ def forward(
             among = logits[chosen] if moe.normalize_weights else logits
             shares = np.exp(logits[chosen] - np.logaddexp.reduce(among))
             for expert, share in zip(chosen, shares, strict=True):
-                up = gate_up[expert].transpose(1, 2, 0)
+                up = gate_up[:, expert].transpose(0, 2, 1)
                 out[token] += share * gated(x[token][None], up, down[expert].T)[0]
         if moe.shared_intermediate_size:
             shared = gated(x, weight("shared.gate_up"), weight("shared.down"))

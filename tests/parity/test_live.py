@@ -30,7 +30,16 @@ pytestmark = [
 ]
 
 # One case of each family, in the layouts that Hugging Face writes; all cases go through the engine.
-LAYOUTS = ["llama-biases", "mistral-window", "qwen2-window-upper-layers", "qwen3", "opt", "gpt2"]
+WITH_EXPERTS = ["mixtral", "qwen2-moe", "qwen3-moe-mlp-in-the-middle", "olmoe-clipped"]
+LAYOUTS = [
+    "llama-biases",
+    "mistral-window",
+    "qwen2-window-upper-layers",
+    "qwen3",
+    "opt",
+    "gpt2",
+    *WITH_EXPERTS,
+]
 TOLERANCE = 1e-4
 SEED = 1234
 
@@ -68,8 +77,11 @@ def test_engine_equals_hugging_face(name: str, tmp_path: Path) -> None:
     assert tokens == want_tokens, f"the closest call of Hugging Face had a lead of {lead:.1e}"
 
 
-@pytest.mark.parametrize("layout", ["one file", "shards", "bfloat16", "without prefix"])
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [(name, layout) for layout in ("one file", "shards", "bfloat16", "without prefix") for name in LAYOUTS]
+    + [(name, "as in memory") for name in WITH_EXPERTS],
+)
 def test_every_layout_that_hugging_face_saves(name: str, layout: str, tmp_path: Path) -> None:
     from tests.parity import hugging_face
 
@@ -82,7 +94,10 @@ def test_every_layout_that_hugging_face_saves(name: str, layout: str, tmp_path: 
         (out / "config.json").write_text(json.dumps(values))
     else:
         model = model.to(torch.bfloat16) if layout == "bfloat16" else model
-        model.save_pretrained(out, max_shard_size="20KB" if layout == "shards" else "50GB")
+        # Experts are fused in memory, and apart in the format that models are published in.
+        as_published = layout != "as in memory"
+        size = "20KB" if layout == "shards" else "50GB"
+        model.save_pretrained(out, max_shard_size=size, save_original_format=as_published)
     if layout == "bfloat16":
         # Read again, since casting a model also rounds its rotary frequencies.
         model = hugging_face.load(out)
