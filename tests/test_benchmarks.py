@@ -25,10 +25,13 @@ from benchmarks import (
     profile_steps,
     shapes,
     startup,
+    structured_output,
     tune,
+    vocabulary,
 )
 from benchmarks.cost import ModelCost
 from benchmarks.workloads import STANDARD, Workload, parse_workload
+from jaxllm.demo import demo_model_path
 from jaxllm.execution.buckets import step_shapes
 from jaxllm.models.config import ModelConfig
 from jaxllm.scheduling.simulator import FittedCost
@@ -391,3 +394,37 @@ def test_the_acceptance_of_a_gpu(
     table = capsys.readouterr().out
     assert ("NO" in table) != reached
     assert ("not measured" in table) == (seconds is None)
+
+
+def test_structured_output_counts_every_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "costs.json"
+    arguments = [
+        "--tokenizer",
+        str(demo_model_path()),
+        "--sequences",
+        "3",
+        "--steps",
+        "4",
+        "--json",
+        str(file),
+    ]
+    structured_output.main(arguments)
+    costs = json.loads(file.read_text())
+    assert [row["form"] for row in costs["rows"]] == [*structured_output.FORMS, "all"]
+    table = capsys.readouterr().out
+    for row in costs["rows"]:
+        assert row["form"] in table
+        for name in ("fill_ms", "accept_ms", "cpu_ms"):
+            assert len(row[name]) == 4 and min(row[name]) >= 0
+
+
+def test_a_large_vocabulary_is_as_large_as_asked_and_spells_anything(tmp_path: Path) -> None:
+    library = tmp_path / "module.py"
+    library.write_text("def naïve_words(x):\n    return 'some words and more words'\n")
+    tokenizer = vocabulary.large_tokenizer(290, [library])
+    assert len(tokenizer) == 290 and tokenizer.eos_token_id is not None
+    text = " words, naïve\n\tand ünseen 😀"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert len(tokenizer.encode(" words")) == 1
+    with pytest.raises(ValueError, match="vocab_size must be at most"):
+        vocabulary.large_tokenizer(5000, [library])
