@@ -19,7 +19,7 @@ _SHARD_BYTES = 2 << 30
 
 
 def tensor_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of the tensors of a Llama, Mistral or Qwen3 checkpoint."""
+    """Names and shapes of the tensors of a Llama, Mistral, Qwen3, Mixtral or Qwen3-MoE checkpoint."""
     hidden = config["hidden_size"]
     intermediate = config["intermediate_size"]
     head_dim = config.get("head_dim") or hidden // config["num_attention_heads"]
@@ -33,16 +33,34 @@ def tensor_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]
         yield f"{prefix}.self_attn.k_proj.weight", (keys, hidden)
         yield f"{prefix}.self_attn.v_proj.weight", (keys, hidden)
         yield f"{prefix}.self_attn.o_proj.weight", (hidden, queries)
-        if config["model_type"] == "qwen3":
+        if config["model_type"] in ("qwen3", "qwen3_moe"):
             yield f"{prefix}.self_attn.q_norm.weight", (head_dim,)
             yield f"{prefix}.self_attn.k_norm.weight", (head_dim,)
         yield f"{prefix}.post_attention_layernorm.weight", (hidden,)
-        yield f"{prefix}.mlp.gate_proj.weight", (intermediate, hidden)
-        yield f"{prefix}.mlp.up_proj.weight", (intermediate, hidden)
-        yield f"{prefix}.mlp.down_proj.weight", (hidden, intermediate)
+        yield from _mlp_shapes(config, prefix, hidden, intermediate)
     yield "model.norm.weight", (hidden,)
     if not config["tie_word_embeddings"]:
         yield "lm_head.weight", (config["vocab_size"], hidden)
+
+
+def _mlp_shapes(
+    config: dict[str, Any], prefix: str, hidden: int, intermediate: int
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The MLP of a layer, or its router and experts."""
+    block, names = "mlp", ("gate_proj", "up_proj", "down_proj")
+    if config["model_type"] == "mixtral":
+        block, names = "block_sparse_moe", ("w1", "w3", "w2")
+    num_experts = config.get("num_local_experts") or config.get("num_experts")
+    inner = config.get("moe_intermediate_size") or intermediate
+    blocks = [f"{prefix}.{block}"]
+    if num_experts:
+        yield f"{prefix}.{block}.gate.weight", (num_experts, hidden)
+        blocks = [f"{prefix}.{block}.experts.{expert}" for expert in range(num_experts)]
+    gate, up, down = names
+    for name in blocks:
+        yield f"{name}.{gate}.weight", (inner, hidden)
+        yield f"{name}.{up}.weight", (inner, hidden)
+        yield f"{name}.{down}.weight", (hidden, inner)
 
 
 def random_tensor(name: str, shape: tuple[int, ...], *, scale: float, seed: int) -> np.ndarray:

@@ -33,7 +33,7 @@ from benchmarks.cost import ModelCost
 from benchmarks.workloads import STANDARD, Workload, parse_workload
 from jaxllm.demo import demo_model_path
 from jaxllm.execution.buckets import step_shapes
-from jaxllm.models.config import ModelConfig
+from jaxllm.models.config import ModelConfig, MoEConfig
 from jaxllm.scheduling.simulator import FittedCost
 from jaxllm.scheduling.simulator.fitted import Shape
 from pallas_kernels.ragged_paged_attention.shapes import LAYERS, WORKS, LayerShape, Work
@@ -47,6 +47,8 @@ PARAMETERS = {
     "mistral-7b": 7.24,
     "qwen3-0.6b": 0.596,
     "qwen3-8b": 8.19,
+    "mixtral-8x7b": 46.7,
+    "qwen3-30b-a3b": 30.53,
 }
 
 
@@ -155,6 +157,19 @@ def test_costs_equal_counting_one_by_one(workload: Workload, budget: int, gated:
     cost = ModelCost.from_config(config, "bfloat16")
     work = cost.workload(workload, max_num_batched_tokens=budget)
     assert (work.flops, work.bytes) == brute_force(config, workload, budget, size=2)
+
+
+def test_costs_of_experts() -> None:
+    """One token reads what it computes with; so many that every expert is taken read all there is."""
+    moe = MoEConfig(8, 2, 10, (1, 2), True, 6)
+    config = ModelConfig("", 31, 12, 20, 3, 6, 2, 5, 64, layer_windows=(None,) * 3, moe=moe)
+    cost = ModelCost.from_config(config, "float32")
+    attention, mlp, router = 12 * 5 * (6 + 2 + 2 + 6), 3 * 12 * 20, 12 * (8 + 1)
+    outside = 3 * attention + mlp + 2 * (router + 3 * 12 * 6)
+    assert cost.layer_parameters == cost.layer_parameters_read(1) == outside + 2 * 2 * 3 * 12 * 10
+    every = outside + 2 * 8 * 3 * 12 * 10
+    assert cost.num_parameters == every + 2 * 31 * 12
+    assert cost.layer_parameters_read(10**6) == pytest.approx(every)
 
 
 TINY = {

@@ -36,6 +36,9 @@ def step_bytes(config: EngineConfig, model: ModelConfig, dtype: jnp.dtype) -> in
     tokens, seqs = config.max_num_batched_tokens or 0, config.max_num_seqs or 0
     width = 6 * model.hidden_size + 4 * model.intermediate_size
     width += 4 * (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    if model.moe is not None:  # a row for each expert that a token takes: sorted, inner, and summed
+        rows = 4 * model.hidden_size + 3 * model.moe.intermediate_size
+        width += model.moe.experts_per_token * rows + 4 * model.moe.shared_intermediate_size
     sampler_state = (seqs + 1) * model.vocab_size * (4 + 4 + 1)
     logits = 6 * max(seqs, 64) * model.vocab_size * 4
     return tokens * width * max(dtype.itemsize, 4) + logits + sampler_state

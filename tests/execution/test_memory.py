@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,7 @@ from jaxllm.errors import InsufficientMemoryError
 from jaxllm.execution import memory
 from jaxllm.execution.memory import num_kv_pages, page_bytes, step_bytes, weight_bytes
 from jaxllm.execution.platform import free_memory
-from jaxllm.models.config import ModelConfig
+from jaxllm.models.config import ModelConfig, MoEConfig
 from jaxllm.models.parameters import ParameterSpec
 
 MODEL = ModelConfig("LlamaForCausalLM", 100, 16, 32, 3, 4, 2, 8, 4096)
@@ -42,6 +43,14 @@ def test_sizes() -> None:
     assert page_bytes(MODEL, 16, FLOAT32) == PAGE
     assert page_bytes(MODEL, 16, jnp.dtype(jnp.bfloat16)) == PAGE // 2
     assert weight_bytes(SPECS, FLOAT32) == (1600 + 3 * 35) * 4
+
+
+def test_rows_of_experts_are_part_of_a_step() -> None:
+    """At least what goes into the experts of all layers' tokens and comes out of them, in float32."""
+    config = EngineConfig(max_num_seqs=4, max_num_batched_tokens=64)
+    sparse = replace(MODEL, moe=MoEConfig(9, 5, 24, (0, 1, 2), True))
+    more = step_bytes(config, sparse, FLOAT32) - step_bytes(config, MODEL, FLOAT32)
+    assert more >= 64 * 5 * (16 + 24 + 24 + 16) * 4
 
 
 def test_explicit_sizes_are_kept_to() -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from jaxllm.execution.batch import StepShape
 from jaxllm.execution.buckets import choose
+from jaxllm.models.config import MoEConfig
 from jaxllm.request import Request, SchedulingTerms
 from jaxllm.sampling_params import SamplingParams
 from jaxllm.scheduling import Plan, ScheduledRequest, load_policy
@@ -122,6 +123,19 @@ def plan_of(*rows: tuple[int, int, bool]) -> Plan:
         for i, (start, num_tokens, samples) in enumerate(rows)
     )
     return Plan(0, scheduled, (), sum(num_tokens for _, num_tokens, _ in rows))
+
+
+def test_experts_that_are_read_and_held() -> None:
+    """Against throwing dice: each token takes 3 of 8 experts, and each expert that any takes is read."""
+    moe = MoEConfig(8, 3, 16, (0, 1), True)
+    figures = ModelFigures(2, 4, 2, 8, 1000, 100, moe=moe, expert_parameters=60)
+    assert figures.weight_bytes == 2 * (1100 + 5 * 60)
+    assert figures.weight_bytes_read(1) == 2 * 1100
+    rng = random.Random(0)
+    for num_tokens in (2, 5, 40):
+        rolls = [{e for _ in range(num_tokens) for e in rng.sample(range(8), 3)} for _ in range(2000)]
+        read = 2 * (1100 + (sum(map(len, rolls)) / 2000 - 3) * 60)
+        assert figures.weight_bytes_read(num_tokens) == pytest.approx(read, rel=0.005)
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, 40])
