@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from jaxllm.errors import ConfigError, InvalidRequestError
 from jaxllm.serve.config import ServerConfig
 from jaxllm.serve.protocol import ChatCompletionRequest
-from jaxllm.serve.tools import NamedToolChoice, strict_form
+from jaxllm.serve.tools import NamedToolChoice, form_with_calls
 from jaxllm.structured_outputs import StructuredOutputsParams
 from jaxllm.text.parsers import harmony
 from jaxllm.text.parsers.message import MessageFormat
@@ -29,7 +29,7 @@ class Demands:
 
     Attributes:
         skips_special_tokens: the text may do without them; else they stay, whatever the request says.
-        form: the text must have, or None.
+        form: of the text, in the place of the one that the request itself asks for; None leaves that.
         form_after: token ids behind which a form is to hold, the request's or this one; none for at once.
     """
 
@@ -124,7 +124,7 @@ class OutputParsers:
         """What the generation must heed for the answer to be read.
 
         Raises:
-            InvalidRequestError: a function is strict, and no grammar knows how this model calls it.
+            InvalidRequestError: it wants a form, and no grammar knows how this model writes calls.
         """
         reasoning = self.reasoning
         thinks = reasoning is not None and (reasoning.is_harmony or reasoning.starts_inside(prompt))
@@ -144,20 +144,27 @@ class OutputParsers:
         return marks
 
     def _form_of(self, body: ChatCompletionRequest) -> StructuredOutputsParams | None:
-        """The form of an answer whose calls, where there are any, are held to schemas."""
+        """The form of an answer in which the model may call tools; None where that stays as it is."""
         tools = body.tools or []
+        if not tools or body.chosen_tool != "auto" or self.tools is None:
+            return None
+        answer = body.constraint()
         strict = next((tool.function.name for tool in tools if tool.function.strict), None)
-        if strict is None or body.chosen_tool != "auto" or self.tools is None:
+        if answer is None and strict is None:
             return None
         if self.tools.form is None:
             able = ", ".join(sorted(name for name, parser in TOOL_PARSERS.items() if parser.form is not None))
+            what = f"'{strict}' is strict" if answer is None else f"'{answer[0]}' asks for a form"
             raise InvalidRequestError(
-                f"Field 'tools' has '{strict}' as strict: how this model calls it cannot be held to a schema"
-                f" (it can with the parsers {able}). Leave 'strict' out, or say in 'tool_choice' that it, or"
-                " any tool, must be called.",
+                f"Field 'tools' goes with no form of the answer here: {what}, and there is no grammar for the"
+                f" calls that --tool-call-parser finds (there is for {able}). Leave it out, or set"
+                " 'tool_choice' to 'none', 'required' or a tool.",
                 param="tools",
             )
-        return strict_form(tools, self.tools.form, parallel=body.parallel_tool_calls is not False)
+        parallel = body.parallel_tool_calls is not False
+        return form_with_calls(
+            tools, self.tools.form, None if answer is None else answer[1], parallel=parallel
+        )
 
 
 def load_plugin(path: str) -> None:

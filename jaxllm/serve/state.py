@@ -214,12 +214,6 @@ async def start_generations(
     if not demands.skips_special_tokens:
         params.skip_special_tokens = False
     if demands.form is not None:
-        if params.structured_outputs is not None:
-            raise InvalidRequestError(
-                f"Field '{body.form_field()}' asks for a form of the answer, and a strict function in 'tools'"
-                " for one of its calls; give one of them.",
-                param="tools",
-            )
         params.structured_outputs = demands.form
     # Clients choose their ids freely, also the same one twice at once.
     unique = uuid.uuid4().hex[:8]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from jaxllm.errors import InvalidRequestError
 from jaxllm.serve.body import Body, refusal
 from jaxllm.structured_outputs import StructuredOutputsParams
 from jaxllm.text.parsers.tool_parsers import CallForm
@@ -104,11 +107,16 @@ def forced_form(
     return StructuredOutputsParams(json=schema | {key: value for key, value in definitions.items() if value})
 
 
-def strict_form(tools: Sequence[Tool], call: CallForm, *, parallel: bool) -> StructuredOutputsParams:
-    """Free text in which every call of a strict function fits its schema.
+def form_with_calls(
+    tools: Sequence[Tool], call: CallForm, answer: StructuredOutputsParams | None, *, parallel: bool
+) -> StructuredOutputsParams:
+    """The form of an answer that may call tools, in which the calls of strict functions fit their schemas.
 
     Args:
         call: how the model writes a call.
+        answer: the form of an answer without calls, which then excludes them; None is any text, in which
+            they may stand.
+        parallel: whether there may be several calls.
     """
     tags = [
         {
@@ -121,8 +129,40 @@ def strict_form(tools: Sequence[Tool], call: CallForm, *, parallel: bool) -> Str
         }
         for tool in tools
     ]
-    triggered = {"type": "triggered_tags", "triggers": [call.trigger], "tags": tags}
-    return StructuredOutputsParams(structural_tag={"format": {**triggered, "stop_after_first": not parallel}})
+    calls: dict[str, Any] = {"tags": tags, "stop_after_first": not parallel}
+    if answer is None:
+        calls |= {"type": "triggered_tags", "triggers": [call.trigger]}
+        return StructuredOutputsParams(structural_tag={"format": calls})
+    calls |= {"type": "tags_with_separator", "separator": "\n", "at_least_one": True}
+    either = {"type": "or", "elements": [_format_of(answer), calls]}
+    changes: dict[str, Any] = {answer.kind: None, "structural_tag": {"format": either}}
+    return dataclasses.replace(answer, **changes)
+
+
+def _format_of(answer: StructuredOutputsParams) -> dict[str, Any]:
+    """A form as part of a structural tag."""
+    match answer.kind:
+        case "json":
+            schema = json.loads(answer.json) if isinstance(answer.json, str) else answer.json
+            return {"type": "json_schema", "json_schema": schema}
+        case "json_object":
+            return {"type": "json_schema", "json_schema": {"type": "object"}}
+        case "regex":
+            return {"type": "regex", "pattern": answer.regex}
+        case "grammar":
+            return {"type": "grammar", "grammar": answer.grammar}
+        case "choice":
+            texts = [{"type": "const_string", "value": text} for text in answer.choice or ()]
+            return {"type": "or", "elements": texts}
+        case _:
+            tag = json.loads(answer.text())
+            if "format" in tag:
+                return dict(tag["format"])
+            raise InvalidRequestError(
+                "A structural tag with 'triggers' and 'structures' cannot go with tools that the model may"
+                " call: write it with 'format'.",
+                param="response_format",
+            )
 
 
 def _arguments_schema(tool: Tool) -> dict[str, Any]:

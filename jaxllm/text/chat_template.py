@@ -47,7 +47,8 @@ def render_chat(
         continue_final_message: leave the last message open, for the model to go on with it.
         tools: OpenAI tool definitions, for templates that know tools.
         documents: for templates that know retrieval.
-        reasoning_effort: for templates that know it, or `enable_thinking`, which "none" makes false.
+        reasoning_effort: for templates that know it, or one of `enable_thinking` and
+            `thinking`, which "none" makes false.
         chat_template_kwargs: more variables for the template.
 
     Raises:
@@ -137,7 +138,12 @@ def _effort_variables(known: frozenset[str] | None, effort: str | None) -> dict[
     """What a template with these variables has to be told about `reasoning_effort`."""
     if effort is None or known is None:
         return {}
-    variables: dict[str, Any] = {"reasoning_effort": effort, "enable_thinking": effort != "none"}
+    wanted = effort != "none"
+    variables: dict[str, Any] = {
+        "reasoning_effort": effort,
+        "enable_thinking": wanted,
+        "thinking": wanted,
+    }
     told = {name: value for name, value in variables.items() if name in known}
     if not told:
         raise InvalidRequestError(

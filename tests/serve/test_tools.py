@@ -313,15 +313,48 @@ def test_strict_functions_are_held_to_their_schemas(tools_api: Api) -> None:
     assert not fits(tools_api, hermes("get_weather", {"city": 5}))
     assert not fits(tools_api, hermes("other", {}))
     assert fits(tools_api, hermes("add", {"anything": 5}))
-    error = tools_api.refused(
-        PATH, {"messages": USER, "tools": tools, "response_format": {"type": "json_object"}}
-    )
-    assert error["param"] == "tools"
+    tools_api.chat(tools=tools, parallel_tool_calls=False)
+    assert not fits(tools_api, TWO)
     config = ServerConfig(enable_auto_tool_choice=True, tool_call_parser="pythonic")
     with serving(config, max_model_len=1024) as api:
         error = api.refused(PATH, {"messages": USER, "tools": tools})
         assert "hermes" in error["message"]
         assert api.chat(tools=tools, tool_choice="none")
+
+
+@pytest.mark.parametrize(
+    ("fields", "good", "bad"),
+    [
+        ({"response_format": {"type": "json_object"}}, '{"a": 1}', "[1]"),
+        ({"structured_outputs": {"json": {"type": "integer"}}}, "17", '"17"'),
+        ({"structured_outputs": {"json": '{"type": "integer"}'}}, "17", "x"),
+        ({"structured_outputs": {"choice": ["yes", "no"]}}, "yes", "maybe"),
+        ({"structured_outputs": {"regex": "[ab]+"}}, "abba", "abc"),
+        ({"structured_outputs": {"grammar": 'start: "x" "y"'}}, "xy", "x"),
+        (
+            {"structured_outputs": {"structural_tag": {"format": {"type": "const_string", "value": "hi"}}}},
+            "hi",
+            "ho",
+        ),
+    ],
+)
+def test_an_answer_of_a_form_or_calls(tools_api: Api, fields: dict[str, Any], good: str, bad: str) -> None:
+    tools_api.fake.reply = says(hermes("add", SUM))
+    assert calls(ask(tools_api, **fields)) == [("add", SUM)]
+    assert fits(tools_api, good)
+    assert fits(tools_api, hermes("add", SUM))
+    assert fits(tools_api, f"{hermes('add', SUM)}\n{hermes('now', {})}")
+    for text in (bad, f"{good} {hermes('add', SUM)}", hermes("other", {}), "Just text."):
+        assert not fits(tools_api, text), text
+
+
+def test_a_form_and_calls_that_no_grammar_knows() -> None:
+    config = ServerConfig(enable_auto_tool_choice=True, tool_call_parser="qwen3_coder")
+    with serving(config, max_model_len=1024) as api:
+        body = {"messages": USER, "tools": TOOLS, "response_format": {"type": "json_object"}}
+        error = api.refused(PATH, body)
+        assert "'response_format' asks for a form" in error["message"]
+        assert api.post(PATH, {**body, "tool_choice": "none"}).status_code == 200
 
 
 def test_calls_and_another_form_exclude_each_other(tools_api: Api) -> None:
