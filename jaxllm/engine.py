@@ -162,6 +162,7 @@ class Engine:
             return []
         plan, pending = self._in_flight.popleft()
         updates = self.scheduler.apply(plan, pending.result())
+        self.runner.prepare(updates)
         return self._process(plan, updates, time.monotonic())
 
     def _may_launch(self) -> bool:

@@ -21,7 +21,7 @@ from jaxllm.execution.step import StepOutput, step
 from jaxllm.execution.token_masks import TokenMasks
 from jaxllm.models.decoder import Decoder
 from jaxllm.models.parameters import Parameters
-from jaxllm.scheduling.plan import Plan, ScheduledRequest, StepResult, TokenLogprobs
+from jaxllm.scheduling.plan import Plan, RequestUpdate, ScheduledRequest, StepResult, TokenLogprobs
 
 _COLUMN = {name: row for row, name in enumerate(INTEGERS)}
 
@@ -192,6 +192,10 @@ class Runner:
         self._warm_up()
         self.compiler.wait(progress)
 
+    def prepare(self, updates: Sequence[RequestUpdate]) -> None:
+        """Begins what the next step of these requests needs, while the host does something else."""
+        self._masks.begin(update.request for update in updates)
+
     def execute(self, plan: Plan) -> PendingResult:
         """Launches a plan and returns without waiting for the device."""
         for request in plan.released:
@@ -280,5 +284,6 @@ class Runner:
         return self._sleep is None
 
     def close(self) -> None:
-        """Stops compiling."""
+        """Stops compiling, and filling masks."""
         self.compiler.close()
+        self._masks.close()

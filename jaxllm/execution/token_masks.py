@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxllm.request import Request
 from jaxllm.scheduling.plan import ScheduledRequest
 from jaxllm.text.grammar import GrammarMatcher, fill_masks
 
@@ -16,16 +18,28 @@ from jaxllm.text.grammar import GrammarMatcher, fill_masks
 class TokenMasks:
     """Makes the masks of a step: a bit for each token of the vocabulary, for each of its sequences.
 
-    A batch without grammars is given masks that are on the device already and are not looked at.
+    The mask of a sequence depends on its newest token. It is begun as soon as that is known, on a thread of
+    its own, while the host writes outputs down and plans the next step. A batch without grammars is given
+    masks that are on the device already and are not looked at.
     """
 
     def __init__(self, vocab_size: int) -> None:
         self._num_words = -(-vocab_size // 32)
         self._unused: dict[int, jax.Array] = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="jaxllm-masks")
+        self._begun: Future[dict[Request, np.ndarray]] | None = None
 
     def abstract(self, num_seqs: int) -> jax.ShapeDtypeStruct:
         """What the masks of a step look like: int32[S, ceil(V / 32)]."""
         return jax.ShapeDtypeStruct((num_seqs, self._num_words), jnp.int32)
+
+    def begin(self, requests: Iterable[Request]) -> None:
+        """Starts on the masks of those among the requests that have a grammar and go on."""
+        # A matcher is for one thread at a time.
+        self._take()
+        constrained = [r for r in requests if r.grammar is not None and not r.status.is_finished]
+        if constrained:
+            self._begun = self._thread.submit(self._fill, constrained)
 
     def of(self, scheduled: Sequence[ScheduledRequest], num_seqs: int) -> tuple[np.ndarray | jax.Array, bool]:
         """The masks of a plan's sequences, and whether any of them forbids anything.
@@ -33,15 +47,32 @@ class TokenMasks:
         Args:
             num_seqs: rows of the step that the plan runs in.
         """
-        matchers = [
-            (cast(GrammarMatcher, entry.request.grammar), row)
+        rows = {
+            entry.request: row
             for row, entry in enumerate(scheduled)
             if entry.samples and entry.request.grammar is not None
-        ]
-        if not matchers:
+        }
+        if not rows:
             if num_seqs not in self._unused:
                 self._unused[num_seqs] = jax.device_put(np.zeros((num_seqs, self._num_words), np.int32))
             return self._unused[num_seqs], False
+        known = self._take()
+        known |= self._fill([request for request in rows if request not in known])
         masks = np.full((num_seqs, self._num_words), -1, np.int32)
-        fill_masks(matchers, masks)
+        for request, row in rows.items():
+            masks[row] = known[request]
         return masks, True
+
+    def _fill(self, requests: Sequence[Request]) -> dict[Request, np.ndarray]:
+        masks = np.full((len(requests), self._num_words), -1, np.int32)
+        fill_masks([(cast(GrammarMatcher, r.grammar), row) for row, r in enumerate(requests)], masks)
+        return dict(zip(requests, masks, strict=True))
+
+    def _take(self) -> dict[Request, np.ndarray]:
+        """What was begun, once it is there; each time for one plan alone."""
+        begun, self._begun = self._begun, None
+        return {} if begun is None else begun.result()
+
+    def close(self) -> None:
+        """Lets the thread go."""
+        self._thread.shutdown(wait=False)
