@@ -107,6 +107,8 @@ def resolve_pooling(
             param="convert",
         )
     pooler = config.pooler or Pooler("last")
+    if modules is not None:
+        config = replace(config, max_position_embeddings=_trained_length(config, path))
     if modules is not None and not pooler.labels:
         pooler = _of_modules(pooler, modules, path)
     return replace(config, pooler=_overridden(pooler, overrides))
@@ -143,6 +145,19 @@ def _of_modules(pooler: Pooler, modules: Any, path: Path) -> Pooler:
                 )
             pooler = replace(pooler, pooling=_POOLING_MODES[chosen[0]])  # type: ignore[arg-type]
     return pooler
+
+
+def _trained_length(config: ModelConfig, path: Path) -> int:
+    """Tokens that sentence-transformers gives the model at most; it has seen no more in training."""
+    settings = _read_json(path / "sentence_bert_config.json") or {}
+    if settings.get("do_lower_case"):
+        raise UnsupportedModelError(
+            f"{path / 'sentence_bert_config.json'} has do_lower_case, which is not served; where the tokenizer "
+            "lowers its texts by itself, set it to false."
+        )
+    length = settings.get("max_seq_length")
+    known = type(length) is int and length > 0
+    return min(length, config.max_position_embeddings) if known else config.max_position_embeddings
 
 
 def _overridden(pooler: Pooler, overrides: Mapping[str, Any]) -> Pooler:

@@ -382,6 +382,7 @@ class TokenizeRequest(Body):
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool | None = False
+    tools: list[Tool] | None = None
 
     @model_validator(mode="after")
     def _check_one(self) -> TokenizeRequest:

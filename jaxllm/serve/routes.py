@@ -74,6 +74,7 @@ def add_tokenizer_routes(app: FastAPI, state: ServerState) -> None:
             add_generation_prompt=body.add_generation_prompt,
             continue_final_message=body.continue_final_message,
             chat_template_kwargs=body.chat_template_kwargs,
+            tools=[tool.model_dump(exclude_unset=True) for tool in body.tools] if body.tools else None,
         )
         return state.tokenize(text, add_special_tokens=body.add_special_tokens is True)
 

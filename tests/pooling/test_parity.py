@@ -169,5 +169,7 @@ def test_a_real_sentence_encoder() -> None:
             encoded = tokenizer(text)["input_ids"]
             assert output.prompt_token_ids == encoded
             assert_close(output.outputs.embedding, unit(hidden_states(model, encoded).mean(0)))
+        # Half of its positions: what it was trained on, by sentence_bert_config.json.
+        assert llm.model_config.max_position_embeddings == 256
         scores = [s.outputs.score for s in llm.score(texts[0], texts[1:], use_tqdm=False)]
     assert scores[1] > 0.5 > 0.2 > scores[0]

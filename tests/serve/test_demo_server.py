@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import anthropic
 import httpx
 import openai
 import pytest
@@ -248,6 +249,36 @@ def test_a_call_that_must_be_made(client: openai.OpenAI) -> None:
     assert {choice.finish_reason for choice in forced.choices} <= {"tool_calls", "length"}
     assert {choice.finish_reason for choice in named.choices} <= {"stop", "length"}
     assert any(choice.finish_reason != "length" for choice in (*forced.choices, *named.choices))
+
+
+def test_a_response_is_gone_on_from_and_held_to_a_schema(client: openai.OpenAI) -> None:
+    first = client.responses.create(
+        model="jaxllm-demo", input="What is 2 + 3?", temperature=0, max_output_tokens=32
+    )
+    assert "5" in first.output_text
+    schema = {"type": "object", "properties": {"n": {"enum": [3, 5]}}, "required": ["n"]}
+    second = client.responses.create(
+        model="jaxllm-demo",
+        input="As JSON.",
+        previous_response_id=first.id,
+        text={"format": {"type": "json_schema", "name": "n", "schema": schema}},
+        max_output_tokens=64,
+    )
+    assert json.loads(second.output_text)["n"] in (3, 5)
+    assert second.usage is not None
+    assert first.usage is not None
+    assert second.usage.input_tokens > first.usage.total_tokens - 4
+
+
+def test_a_message_of_the_other_api_says_the_same(demo: DemoServer, client: openai.OpenAI) -> None:
+    expected = ask(client).choices[0].message.content
+    with anthropic.Anthropic(base_url=demo.url, api_key="none", max_retries=0, timeout=60) as other:
+        body: Any = {"model": "jaxllm-demo", "messages": QUESTION, "max_tokens": 60}
+        greedy = {"temperature": 0}
+        whole = other.messages.create(**body, extra_body=greedy)
+        with other.messages.stream(**body, extra_body=greedy) as stream:
+            assert "".join(stream.text_stream) == expected
+        assert [block.to_dict()["text"] for block in whole.content] == [expected]
 
 
 def test_forty_clients_at_once(demo: DemoServer, client: openai.OpenAI) -> None:
