@@ -2,6 +2,7 @@
 
     python -m benchmarks.host_overhead
     python -m benchmarks.host_overhead --shape llama-135m --running 64 --json host.json --plot host.png
+    python -m benchmarks.host_overhead --record-schedule /tmp/schedule.jsonl.gz  # and what that costs
 
 The model is tiny unless one is named: the host's work does not depend on it, and on a CPU a large one would
 compete for the cores. The call of the compiled step and the wait for its result are timed apart; what is
@@ -30,7 +31,7 @@ from benchmarks.workloads import Workload
 if TYPE_CHECKING:
     from jaxllm.engine import Engine
 
-HOST_STAGES = ("schedule", "pack", "unpack", "apply", "detokenize", "other")
+HOST_STAGES = ("schedule", "pack", "unpack", "apply", "detokenize", "record", "other")
 DEVICE_STAGES = ("launch", "wait")
 
 TINY = {
@@ -82,6 +83,9 @@ class StepTimer:
         scheduler.schedule = self._timed("schedule", scheduler.schedule)  # type: ignore[method-assign]
         scheduler.apply = self._timed("apply", scheduler.apply)  # type: ignore[method-assign]
         processor.process = self._timed("detokenize", processor.process)  # type: ignore[method-assign]
+        for recorder in engine._recorders:
+            recorder.planned = self._timed("record", recorder.planned)  # type: ignore[method-assign]
+            recorder.applied = self._timed("record", recorder.applied)  # type: ignore[method-assign]
 
     def step(self) -> tuple[list[Any], dict[str, float]]:
         """One step: its outputs, and the milliseconds of each stage."""
@@ -125,6 +129,7 @@ class _TimedResult:
 
     def __init__(self, timer: StepTimer, pending: Any) -> None:
         self._timer, self._pending = timer, pending
+        self.shape = pending.shape
 
     def result(self) -> Any:
         self._timer._timed("wait", self._pending._output.token_ids.block_until_ready)()
@@ -163,13 +168,17 @@ def run(options: argparse.Namespace) -> Results:
     from jaxllm import LLM
 
     counts = options.running or [1, 16, 64, 256]
+    recorded = {"record_schedule": options.record_schedule}
     with model_arguments(options) as arguments, tempfile.TemporaryDirectory(prefix="jaxllm-tiny-") as scratch:
         name = model_name(options)
         if not options.shape and not options.model:
             name = "a tiny model"
             arguments |= {"model": str(write_model_directory(TINY, Path(scratch))), "load_format": "dummy"}
         llm = LLM(
-            max_num_seqs=max(counts), max_model_len=2 * (options.input_len + options.steps), **arguments
+            max_num_seqs=max(counts),
+            max_model_len=2 * (options.input_len + options.steps),
+            **arguments,
+            **recorded,
         )
         wait_until_compiled(llm)
         engine = llm.llm_engine
@@ -228,6 +237,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--running", type=int, action="append", help="sequences; default: 1, 16, 64 and 256")
     parser.add_argument("--input-len", type=int, default=256)
     parser.add_argument("--steps", type=int, default=200, help="decode steps measured for each")
+    parser.add_argument("--record-schedule", metavar="FILE", help="record the schedule meanwhile")
     add_output_arguments(parser)
     options = parser.parse_args(arguments)
     for name in ("input_len", "steps"):
