@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jaxllm.request import Request
+from jaxllm.request import Request, RequestStatus
 from jaxllm.scheduling.plan import Plan, RequestUpdate
 from jaxllm.scheduling.recording.blocks import BlockHasher, HashedRequest
 from jaxllm.scheduling.recording.lines import LineWriter, json_line
@@ -49,7 +49,9 @@ class TraceRecorder(Recorder):
     def applied(self, plan: Plan, updates: Sequence[RequestUpdate], now: float) -> None:
         """See `Recorder`."""
         for update in updates:
-            if update.request.status.is_finished:
+            status = update.request.status
+            # Nearly all run, which takes no time to see.
+            if status is not RequestStatus.RUNNING and status.is_finished:
                 self.ended(update.request, now)
 
     def ended(self, request: Request, now: float) -> None:

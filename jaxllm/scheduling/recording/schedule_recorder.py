@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxllm.request import Request
+from jaxllm.request import Request, RequestStatus
 from jaxllm.scheduling.plan import Plan, RequestUpdate
 from jaxllm.scheduling.recording.blocks import BlockHasher
 from jaxllm.scheduling.recording.lines import LineWriter, json_line
@@ -107,7 +107,9 @@ class ScheduleRecorder(Recorder):
         """See `Recorder`."""
         self._lines.write(json_line(["result", plan.step_id, self._micros(now)]))
         for update in updates:
-            if update.request.status.is_finished:
+            status = update.request.status
+            # Nearly all run, which takes no time to see.
+            if status is not RequestStatus.RUNNING and status.is_finished:
                 self.ended(update.request, now)
 
     def ended(self, request: Request, now: float) -> None:
