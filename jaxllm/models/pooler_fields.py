@@ -156,8 +156,9 @@ def _trained_length(config: ModelConfig, path: Path) -> int:
             "lowers its texts by itself, set it to false."
         )
     length = settings.get("max_seq_length")
-    known = type(length) is int and length > 0
-    return min(length, config.max_position_embeddings) if known else config.max_position_embeddings
+    if not isinstance(length, int) or isinstance(length, bool) or length < 1:
+        return config.max_position_embeddings
+    return min(length, config.max_position_embeddings)
 
 
 def _overridden(pooler: Pooler, overrides: Mapping[str, Any]) -> Pooler:

@@ -191,3 +191,17 @@ def test_the_form_of_the_text_is_the_form_of_the_output(api: Api) -> None:
     outputs = api.fake.submitted[-1].sampling_params.structured_outputs
     assert outputs is not None
     assert outputs.json == schema
+
+
+def test_a_failure_in_mid_stream_is_the_last_event(api: Api) -> None:
+    step, calls = api.fake.step, []
+
+    def fails_at_the_fourth() -> Any:
+        calls.append(None)
+        if len(calls) == 4:
+            raise RuntimeError("out of luck")
+        return step()
+
+    api.fake.step = fails_at_the_fourth  # type: ignore[method-assign]
+    with pytest.raises(anthropic.APIStatusError, match="out of luck"):
+        stream(api)

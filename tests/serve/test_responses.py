@@ -253,3 +253,22 @@ def test_the_form_of_the_text_is_the_form_of_the_output(api: Api) -> None:
     outputs = api.fake.submitted[-1].sampling_params.structured_outputs
     assert outputs is not None
     assert outputs.json == schema
+
+
+def test_a_failure_in_mid_stream_is_the_last_event(api: Api) -> None:
+    step, calls = api.fake.step, []
+
+    def fails_at_the_fourth() -> Any:
+        calls.append(None)
+        if len(calls) == 4:
+            raise RuntimeError("out of luck")
+        return step()
+
+    api.fake.step = fails_at_the_fourth  # type: ignore[method-assign]
+    events = stream(api)
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    last = events[-1]
+    assert last.type == "response.failed"
+    assert last.response.status == "failed"
+    assert "out of luck" in last.response.error.message
+    assert last.response.output[0].status == "incomplete"
