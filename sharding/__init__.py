@@ -2,14 +2,18 @@
 
 from sharding.errors import ShardingError
 from sharding.mesh import MESH_AXES, make_mesh
-from sharding.rules import DEFAULT_RULES, Rules, named_sharding, partition_spec
+from sharding.rules import DEFAULT_RULES, MeshAxes, Rules, named_sharding, names_of, partition_spec
+from sharding.top_k import sharded_top_k
 
 __all__ = [
     "DEFAULT_RULES",
     "MESH_AXES",
+    "MeshAxes",
     "Rules",
     "ShardingError",
     "make_mesh",
     "named_sharding",
+    "names_of",
     "partition_spec",
+    "sharded_top_k",
 ]

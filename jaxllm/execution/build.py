@@ -6,12 +6,13 @@ import functools
 import logging
 import os
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jaxllm.config import EngineConfig
+from jaxllm.errors import ConfigError
 from jaxllm.execution.memory import num_host_pages, num_kv_pages
 from jaxllm.execution.platform import Platform
 from jaxllm.execution.pooling import PoolingRunner
@@ -19,9 +20,9 @@ from jaxllm.execution.runner import Runner
 from jaxllm.layers.attention import choose_backend
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.decoder import Decoder, DecoderForm
+from jaxllm.models.fitting import shard_of, shard_specs
 from jaxllm.models.loader import load_parameters
-from jaxllm.models.parameters import ParameterSpec
-from sharding import make_mesh
+from sharding import ShardingError, make_mesh
 
 logger = logging.getLogger(__name__)
 
@@ -37,21 +38,23 @@ def build_runner(
         progress: show progress bars of loading and compiling.
     """
     use_compilation_cache(config.compilation_cache_dir)
-    device = jax.devices()[0]
+    mesh = _mesh(config)
     form = DecoderForm(
         dtype=jnp.dtype(config.dtype),
         feature_major=platform.feature_major,
         stack_layers=platform.stack_layers,
         attention_backend=choose_backend(config.attention_backend, platform.name),
+        # One device needs no mesh, and its steps are compiled without one.
+        mesh=mesh if mesh.size > 1 else None,
     )
     decoder = Decoder(model, form)
     specs = decoder.parameter_specs()
-    num_pages = num_kv_pages(config, model, form.dtype, specs, device)
+    shard = shard_of(decoder.fitted, mesh.shape["tensor"])
+    num_pages = num_kv_pages(config, shard, form.dtype, shard_specs(specs, mesh), list(mesh.devices.flat))
     runner = (Runner if model.pooler is None else PoolingRunner)(
         decoder,
-        _abstract_parameters(specs, form),
         num_pages=num_pages,
-        num_host_pages=num_host_pages(config, model, form.dtype),
+        num_host_pages=num_host_pages(config, decoder.fitted, form.dtype),
         page_size=config.block_size,
         max_num_seqs=config.max_num_seqs or 1,
         max_num_batched_tokens=config.max_num_batched_tokens or 1,
@@ -68,7 +71,7 @@ def build_runner(
             model,
             specs,
             dtype=config.dtype,
-            mesh=make_mesh(devices=[device]),
+            mesh=mesh,
             stack_layers=form.stack_layers,
             load_format=config.load_format,
             seed=config.seed,
@@ -82,6 +85,21 @@ def build_runner(
     return runner, num_pages
 
 
+def _mesh(config: EngineConfig) -> Mesh:
+    """The devices that share the model.
+
+    Raises:
+        ConfigError: there are not so many.
+    """
+    tensor = config.tensor_parallel_size
+    if tensor == 1:
+        return make_mesh(devices=jax.devices()[:1])
+    try:
+        return make_mesh(tensor=tensor)
+    except ShardingError as error:
+        raise ConfigError(f"tensor_parallel_size={tensor}: {error}.", param="tensor_parallel_size") from error
+
+
 def use_compilation_cache(directory: str | None) -> None:
     """Keeps compiled steps on disk between runs; "" turns that off, None is the default place.
 
@@ -93,14 +111,3 @@ def use_compilation_cache(directory: str | None) -> None:
     cache_home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     jax.config.update("jax_compilation_cache_dir", directory or str(Path(cache_home) / "jaxllm" / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-
-
-def _abstract_parameters(specs: dict[str, ParameterSpec], form: DecoderForm) -> dict[str, Any]:
-    def of(spec: ParameterSpec) -> Any:
-        if spec.num_layers is None:
-            return jax.ShapeDtypeStruct(spec.shape, form.dtype)
-        if form.stack_layers:
-            return jax.ShapeDtypeStruct((spec.num_layers, *spec.shape), form.dtype)
-        return [jax.ShapeDtypeStruct(spec.shape, form.dtype)] * spec.num_layers
-
-    return {name: of(spec) for name, spec in specs.items()}

@@ -46,7 +46,8 @@ class HostPages:
         self._pages = np.empty((num_pages, layers, *page), abstract_cache.dtype)
         self._under_way: deque[tuple[list[int], jax.Array]] = deque()
         self._gather: Any = jax.jit(_gather)
-        self._scatter: Any = jax.jit(_scatter, donate_argnums=0)
+        # What comes back lies as the cache lies, on one device or on several.
+        self._scatter: Any = jax.jit(_scatter, donate_argnums=0, out_shardings=abstract_cache.sharding)
 
     def warm_up(self, kv_pages: jax.Array) -> jax.Array:
         """Compiles both copies; gives the cache back."""

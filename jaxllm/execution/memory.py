@@ -1,10 +1,14 @@
-"""How many KV pages fit: from measured free memory, the weights, and what a step needs besides."""
+"""How many KV pages fit: from measured free memory, the weights, and what a step needs besides.
+
+Everything is of one device: where several share a model, `model` and `specs` are what one of them holds
+(`jaxllm.models.fitting.shard_of`, `shard_specs`), and each has its part of every page.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -49,9 +53,9 @@ def num_kv_pages(
     model: ModelConfig,
     dtype: jnp.dtype,
     specs: Mapping[str, ParameterSpec],
-    device: jax.Device,
+    devices: Sequence[jax.Device],
 ) -> int:
-    """Pages of the KV cache, with the null page.
+    """Pages of the KV cache, with the null page; as many as the fullest device holds its parts of.
 
     Raises:
         InsufficientMemoryError: not even one sequence of max_model_len tokens would fit.
@@ -65,11 +69,13 @@ def num_kv_pages(
         pages, basis = config.kv_cache_memory_bytes // page, "kv_cache_memory_bytes"
         remedy = "raise kv_cache_memory_bytes"
     else:
-        total, free = free_memory(device)
+        total, free = min((free_memory(device) for device in devices), key=lambda memory: memory[1])
         needed = weight_bytes(specs, dtype) + step_bytes(config, model, dtype)
         less = f"less {_gib(needed)} for weights and a step"
         remedy = "lower max_num_seqs or max_num_batched_tokens, or set kv_cache_memory_bytes"
-        if device.platform == "cpu":
+        if devices[0].platform == "cpu":
+            # Simulated devices have one memory between them.
+            total, free = total // len(devices), free // len(devices)
             pages = _steady(total, free - needed) // page
             basis = f"a share of {_gib(total)} of which {_gib(free)} are free, {less}"
             enough = _CPU_SEQUENCES * per_sequence * (config.max_num_seqs or 1)
@@ -93,7 +99,7 @@ def num_kv_pages(
         )
     tokens = int(pages) * config.block_size
     logger.info(
-        "KV cache: %s tokens in %s pages of %s (%s, %s)",
+        "KV cache: %s tokens in %s pages of %s (%s on each device, %s)",
         f"{tokens:,}",
         f"{pages:,}",
         config.block_size,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,8 @@ class PoolingState:
     """
 
     carried: jax.Array
+
+    LOGICAL_AXES: ClassVar[dict[str, tuple[str | None, ...]]] = {"carried": (None, None)}
 
 
 class PoolingStepOutput(NamedTuple):

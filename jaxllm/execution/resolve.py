@@ -28,13 +28,14 @@ def resolve(config: EngineConfig, model: ModelConfig, platform: Platform) -> Eng
 
     Raises:
         ConfigError: a value that is out of range or contradicts the model or another value.
-        UnsupportedError: a parallel size above 1.
+        UnsupportedError: pipeline or data parallelism.
     """
     for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
         _at_least_one(name, getattr(config, name))
-        if getattr(config, name) != 1:
+        if getattr(config, name) != 1 and name != "tensor_parallel_size":
             raise UnsupportedError(
-                f"{name}={getattr(config, name)}: one device runs the model so far; leave it at 1."
+                f"{name}={getattr(config, name)} is not supported yet; leave it at 1. Devices share a "
+                "model by tensor_parallel_size."
             )
     for name in _COUNTS:
         if getattr(config, name) is not None:

@@ -10,6 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxllm.execution.abstract import (
+    abstract_cache,
+    abstract_parameters,
+    abstract_state,
+    everywhere,
+    lower_step,
+    shardings_of,
+)
 from jaxllm.execution.batch import FLOATS, INTEGERS, HostBatch, StepShape
 from jaxllm.execution.buckets import step_shapes
 from jaxllm.execution.compiler import StepCompiler
@@ -89,9 +97,8 @@ class Runner:
     """The device's side of an engine: parameters, KV cache, sampler state and compiled steps.
 
     Args:
-        decoder: the model's graph.
-        abstract_params: shapes, dtypes and shardings of the parameters, so that steps compile while
-            the weights are still loading.
+        decoder: the model's graph. Steps compile from the moment there is a runner, while the weights
+            are still loading.
         num_pages: of the KV cache, with the null page.
         num_host_pages: kept in the host's memory for those who are preempted.
         num_logprobs: most probable tokens reported per position; requests may ask for up to so many.
@@ -106,7 +113,6 @@ class Runner:
     def __init__(
         self,
         decoder: Decoder,
-        abstract_params: dict[str, Any],
         *,
         num_pages: int,
         num_host_pages: int,
@@ -125,14 +131,14 @@ class Runner:
         self._logprobs_mode = logprobs_mode
         self._compiler_options = compiler_options
         pages_per_seq = -(-max_model_len // page_size)
-        cache_shape = (model.num_layers, num_pages, page_size, 2 * model.num_kv_heads, model.head_dim)
-        self._abstract_params = abstract_params
-        self._abstract_cache = jax.ShapeDtypeStruct(cache_shape, decoder.form.dtype)
+        self._abstract_params = abstract_parameters(decoder)
+        self._abstract_cache = abstract_cache(decoder, num_pages, page_size)
         self.num_host_pages = num_host_pages
         self._host_pages = HostPages(self._abstract_cache, num_host_pages) if num_host_pages else None
         self._create_state = self._state_factory(max_num_seqs)
-        self._masks = TokenMasks(model.vocab_size)
-        self._slots = SlotTable(max_num_seqs, pages_per_seq, model.vocab_size)
+        self._abstract_state = abstract_state(self._create_state, decoder.form.mesh)
+        self._masks = TokenMasks(decoder.fitted.vocab_size, everywhere(decoder))
+        self._slots = SlotTable(max_num_seqs, pages_per_seq, decoder.fitted.vocab_size)
         shapes = self._shapes(step_shapes(max_num_seqs, max_num_batched_tokens, pages_per_seq))
         self.compiler = StepCompiler(self._compile, shapes, complete=compile_all)
 
@@ -154,7 +160,7 @@ class Runner:
 
     def _state_factory(self, max_num_seqs: int) -> Callable[[], Any]:
         """What makes the state that steps hand on to one another."""
-        return functools.partial(SamplerState.create, max_num_seqs, self._decoder.config.vocab_size)
+        return functools.partial(SamplerState.create, max_num_seqs, self._decoder.fitted.vocab_size)
 
     def _warm_up(self) -> None:
         """Compiles what runs beside the steps."""
@@ -167,28 +173,20 @@ class Runner:
         return PendingResult(plan, shape, output, wants_logprobs, prompt_rows)
 
     def _compile(self, shape: StepShape) -> Any:
-        run = self._step(shape)
-        # A float32 model is computed in float32: by default a GPU would take TF32, and a TPU bfloat16.
-        precision = "highest" if self._decoder.form.dtype == jnp.float32 else "default"
-        with jax.default_matmul_precision(precision):
-            lowered = jax.jit(run, donate_argnums=(1, 2)).lower(
-                self._abstract_params,
-                self._abstract_cache,
-                jax.eval_shape(self._create_state),
-                jax.ShapeDtypeStruct((shape.num_integers,), jnp.int32),
-                jax.ShapeDtypeStruct((shape.num_floats,), jnp.float32),
-                self._masks.abstract(shape.num_seqs),
-            )
+        arrays = (self._abstract_params, self._abstract_cache, self._abstract_state)
+        masks = self._masks.abstract(shape.num_seqs)
+        lowered = lower_step(self._step(shape), self._decoder, *arrays, masks, shape)
         return lowered.compile(self._compiler_options)
 
     def start(self, params: Parameters, *, progress: bool) -> None:
         """Takes the weights, makes the cache, and waits until every plan can run."""
         self._sleep: Sleep | None = None
         self._params = params
-        self._kv_pages = jnp.zeros(self._abstract_cache.shape, self._abstract_cache.dtype)
+        cache = self._abstract_cache
+        self._kv_pages = jnp.zeros(cache.shape, cache.dtype, device=cache.sharding)
         if self._host_pages is not None:
             self._kv_pages = self._host_pages.warm_up(self._kv_pages)
-        self._state = self._create_state()
+        self._state = jax.jit(self._create_state, out_shardings=shardings_of(self._abstract_state))()
         self._warm_up()
         self.compiler.wait(progress)
 

@@ -10,20 +10,23 @@ A draw depends on the sequence's seed and its position only, never on the batch 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxllm.models.fitting import VOCABULARY_CHUNK
+
 LogprobsMode = Literal["raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits"]
+TopK = Callable[[jax.Array, int], tuple[jax.Array, jax.Array]]
 
 # Below this a temperature means greedy, as in vLLM.
 GREEDY_BELOW = 1e-5
 # In place of a token, where everything is forbidden.
 NO_TOKEN = -1
-_DRAW_CHUNK = 256
 
 
 @jax.tree_util.register_dataclass
@@ -42,6 +45,13 @@ class SamplerState:
     output_counts: jax.Array
     in_prompt: jax.Array
     logit_bias: jax.Array
+
+    LOGICAL_AXES: ClassVar[dict[str, tuple[str | None, ...]]] = {
+        "last_token": (None,),
+        "output_counts": (None, "vocab"),
+        "in_prompt": (None, "vocab"),
+        "logit_bias": (None, "vocab"),
+    }
 
     @classmethod
     def create(cls, num_slots: int, vocab_size: int) -> SamplerState:
@@ -102,6 +112,7 @@ def sample(
     num_logprobs: int,
     wants_logprobs: jax.Array,
     logprobs_mode: LogprobsMode,
+    top_k: TopK = lax.top_k,
 ) -> tuple[jax.Array, Logprobs, SamplerState]:
     """Chooses a token for every row and notes it in the state.
 
@@ -113,6 +124,7 @@ def sample(
         wants_logprobs: bool scalar; where false the log-probabilities are zeros, at no cost.
         logprobs_mode: "raw" ones are of the model's logits as they come, "processed" ones of what is drawn
             from, after bias, penalties, temperature and truncation.
+        top_k: `lax.top_k`, or what stands for it where devices share the vocabulary.
 
     Returns:
         (token int32[S], log-probabilities, state). The token is `NO_TOKEN` where a mask, together with what
@@ -149,7 +161,7 @@ def sample(
     logprobs = lax.cond(
         wants_logprobs,
         lambda: log_probabilities(
-            raw if processed is None else processed, token, num_logprobs, logprobs_mode
+            raw if processed is None else processed, token, num_logprobs, logprobs_mode, top_k
         ),
         lambda: no_logprobs(token.shape[0], num_logprobs),
     )
@@ -186,7 +198,7 @@ def greedy_token(logits: jax.Array) -> jax.Array:
     chunks = _in_chunks(logits, -jnp.inf)
     best_chunk = jnp.argmax(chunks.max(axis=2), axis=1)
     within = jnp.argmax(chunks[jnp.arange(rows), best_chunk], axis=1)
-    return jnp.minimum(best_chunk * _DRAW_CHUNK + within, vocab_size - 1).astype(jnp.int32)
+    return jnp.minimum(best_chunk * VOCABULARY_CHUNK + within, vocab_size - 1).astype(jnp.int32)
 
 
 def penalize(
@@ -264,7 +276,7 @@ def draw(logits: jax.Array, inputs: SamplingInputs) -> jax.Array:
     distance = uniform * of_chunks.sum(axis=1)
     chunk, start = _element_at(of_chunks, distance)
     within, _ = _element_at(chunks[jnp.arange(logits.shape[0]), chunk], distance - start)
-    return jnp.minimum(chunk * _DRAW_CHUNK + within, logits.shape[1] - 1).astype(jnp.int32)
+    return jnp.minimum(chunk * VOCABULARY_CHUNK + within, logits.shape[1] - 1).astype(jnp.int32)
 
 
 def _element_at(weights: jax.Array, distance: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -284,18 +296,20 @@ def _element_at(weights: jax.Array, distance: jax.Array) -> tuple[jax.Array, jax
 
 
 def _in_chunks(x: jax.Array, padding: float) -> jax.Array:
-    """[S, V] to [S, chunks, _DRAW_CHUNK]."""
+    """[S, V] to [S, chunks, VOCABULARY_CHUNK]."""
     rows, vocab_size = x.shape
-    x = jnp.pad(x, ((0, 0), (0, -vocab_size % _DRAW_CHUNK)), constant_values=padding)
-    return x.reshape(rows, -1, _DRAW_CHUNK)
+    x = jnp.pad(x, ((0, 0), (0, -vocab_size % VOCABULARY_CHUNK)), constant_values=padding)
+    return x.reshape(rows, -1, VOCABULARY_CHUNK)
 
 
-def log_probabilities(logits: jax.Array, token: jax.Array, num_logprobs: int, mode: LogprobsMode) -> Logprobs:
+def log_probabilities(
+    logits: jax.Array, token: jax.Array, num_logprobs: int, mode: LogprobsMode, top_k: TopK = lax.top_k
+) -> Logprobs:
     """Of `token` int32[S] and of the most probable tokens, under logits [S, V]."""
     normalizer = jax.nn.logsumexp(logits, axis=1) if mode.endswith("logprobs") else jnp.zeros(logits.shape[0])
     chosen = jnp.take_along_axis(logits, token[:, None], axis=1)
     rank = 1 + jnp.sum(logits > chosen, axis=1, dtype=jnp.int32)
-    top, top_ids = lax.top_k(logits, num_logprobs)
+    top, top_ids = top_k(logits, num_logprobs)
     return Logprobs(chosen[:, 0] - normalizer, rank, top_ids.astype(jnp.int32), top - normalizer[:, None])
 
 

@@ -42,17 +42,21 @@ class SlotTable:
         self._slot_of: dict[Request, int] = {}
         self._num_pages = [0] * num_slots
         self._bias_of: dict[Request, VocabularyBias] = {}
-        self._write_counts: Any = jax.jit(_write_counts, donate_argnums=0)
-        self._write_bias: Any = jax.jit(_write_bias, donate_argnums=0)
+        self._write_counts: Any = None
+        self._write_bias: Any = None
 
     def warm_up(self, state: SamplerState) -> None:
-        """Compiles the updates of a row, so that the first request that needs one does not wait."""
+        """Compiles the updates of a row, which must be done before the first `admit`."""
         slot = jax.ShapeDtypeStruct((), np.int32)
         counts, flags, bias = (
             jax.ShapeDtypeStruct((self._vocab_size,), d) for d in (np.int32, np.bool_, np.float32)
         )
-        self._write_counts = self._write_counts.lower(state, slot, counts, flags).compile()
-        self._write_bias = self._write_bias.lower(state, slot, bias).compile()
+        # A state that lies on several devices stays as it lies.
+        stays = jax.tree.map(lambda x: x.sharding, state)
+        write_counts = jax.jit(_write_counts, donate_argnums=0, out_shardings=stays)
+        write_bias = jax.jit(_write_bias, donate_argnums=0, out_shardings=stays)
+        self._write_counts = write_counts.lower(state, slot, counts, flags).compile()
+        self._write_bias = write_bias.lower(state, slot, bias).compile()
 
     def of(self, scheduled: Sequence[ScheduledRequest]) -> list[int]:
         """The slot of each scheduled request."""

@@ -68,6 +68,7 @@ def step(
         num_logprobs=num_logprobs,
         wants_logprobs=batch.wants_logprobs,
         logprobs_mode=logprobs_mode,
+        top_k=decoder.top_k,
     )
     prompt_logprobs = None
     if not shape.decode_only:
@@ -93,7 +94,8 @@ def _prompt_logprobs(
     rows = jnp.minimum(jnp.arange(-(-num_tokens // group) * group), num_tokens - 1).reshape(-1, group)
 
     def of_rows(some: jax.Array) -> Logprobs:
-        return log_probabilities(decoder.logits(params, hidden, some), targets[some], num_logprobs, mode)
+        logits = decoder.logits(params, hidden, some)
+        return log_probabilities(logits, targets[some], num_logprobs, mode, decoder.top_k)
 
     by_group = lax.map(of_rows, rows)
     return Logprobs(*(x.reshape(-1, *x.shape[2:])[:num_tokens] for x in by_group))

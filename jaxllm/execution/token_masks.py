@@ -9,6 +9,7 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from jaxllm.request import Request
 from jaxllm.scheduling.plan import ScheduledRequest
@@ -21,17 +22,26 @@ class TokenMasks:
     The mask of a sequence depends on its newest token. It is begun as soon as that is known, on a thread of
     its own, while the host writes outputs down and plans the next step. A batch without grammars is given
     masks that are on the device already and are not looked at.
+
+    Args:
+        vocab_size: of the model.
+        num_logits: of a row, where devices share a vocabulary that was filled up for them.
+        sharding: where the masks lie; None is one device.
     """
 
-    def __init__(self, vocab_size: int) -> None:
-        self._num_words = -(-vocab_size // 32)
+    def __init__(
+        self, vocab_size: int, num_logits: int | None = None, sharding: NamedSharding | None = None
+    ) -> None:
+        self._sharding = sharding
+        self._num_known_words = -(-vocab_size // 32)
+        self._num_words = -(-(num_logits or vocab_size) // 32)
         self._unused: dict[int, jax.Array] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="jaxllm-masks")
         self._begun: Future[dict[Request, np.ndarray]] | None = None
 
     def abstract(self, num_seqs: int) -> jax.ShapeDtypeStruct:
         """What the masks of a step look like: int32[S, ceil(V / 32)]."""
-        return jax.ShapeDtypeStruct((num_seqs, self._num_words), jnp.int32)
+        return jax.ShapeDtypeStruct((num_seqs, self._num_words), jnp.int32, sharding=self._sharding)
 
     def begin(self, requests: Iterable[Request]) -> None:
         """Starts on the masks of those among the requests that have a grammar and go on."""
@@ -54,17 +64,18 @@ class TokenMasks:
         }
         if not rows:
             if num_seqs not in self._unused:
-                self._unused[num_seqs] = jax.device_put(np.zeros((num_seqs, self._num_words), np.int32))
+                none = np.zeros((num_seqs, self._num_words), np.int32)
+                self._unused[num_seqs] = jax.device_put(none, self._sharding)
             return self._unused[num_seqs], False
         known = self._take()
         known |= self._fill([request for request in rows if request not in known])
         masks = np.full((num_seqs, self._num_words), -1, np.int32)
         for request, row in rows.items():
-            masks[row] = known[request]
+            masks[row, : self._num_known_words] = known[request]
         return masks, True
 
     def _fill(self, requests: Sequence[Request]) -> dict[Request, np.ndarray]:
-        masks = np.full((len(requests), self._num_words), -1, np.int32)
+        masks = np.full((len(requests), self._num_known_words), -1, np.int32)
         fill_masks([(cast(GrammarMatcher, r.grammar), row) for row, r in enumerate(requests)], masks)
         return dict(zip(requests, masks, strict=True))
 

@@ -16,6 +16,7 @@ from jaxllm.layers.norm import Norm
 from jaxllm.layers.rope import rotate
 from jaxllm.models.config import ModelConfig
 from pallas_kernels.ragged_paged_attention import BACKENDS, Backend, ragged_paged_attention
+from sharding import MeshAxes
 
 logger = logging.getLogger(__name__)
 
@@ -74,9 +75,19 @@ class Attention(nnx.Module):
 
     The fused weight holds, for each key-value head, its queries, its key and its value, so that
     splitting it by key-value heads gives every shard what it needs.
+
+    Args:
+        split_over: mesh axes that share the heads, if any.
     """
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, feature_major: bool, backend: Backend) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: jnp.dtype,
+        feature_major: bool,
+        backend: Backend,
+        split_over: MeshAxes = None,
+    ) -> None:
         heads, group, head_dim = config.num_kv_heads, config.queries_per_kv_head, config.head_dim
         self.qkv = Linear(
             (heads, group + 2, head_dim),
@@ -95,6 +106,7 @@ class Attention(nnx.Module):
             bias=config.output_bias,
             dtype=dtype,
             feature_major=feature_major,
+            sum_over=split_over,
         )
         if config.qk_norm is not None:
             per_head = config.qk_norm == "head"

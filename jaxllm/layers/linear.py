@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from sharding import MeshAxes
+
 
 def declare(shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: jnp.dtype) -> nnx.Param[jax.Array]:
     """A parameter without values: its shape, its dtype and the logical axis of each dimension."""
@@ -53,6 +55,9 @@ class Linear(nnx.Module):
     """y = W x + b over the trailing dimensions of W.
 
     The weight is [out..., in...], with as many input dimensions as `in_axes` names.
+
+    Args:
+        sum_over: mesh axes that split the inputs, where the products of the shards are partial sums.
     """
 
     def __init__(
@@ -65,15 +70,19 @@ class Linear(nnx.Module):
         bias: bool,
         dtype: jnp.dtype,
         feature_major: bool,
+        sum_over: MeshAxes = None,
     ) -> None:
         self.weight = declare(out_shape + in_shape, out_axes + in_axes, dtype)
         self.bias = declare(out_shape, out_axes, dtype) if bias else None
         self.num_inputs = len(in_shape)
         self.feature_major = feature_major
+        self.sum_over = sum_over
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x: [in..., T] or [T, in...]; returns [out..., T] or [T, out...] alike."""
         y = apply_weight(self._product, self.weight.get_value(), x)
+        if self.sum_over is not None:
+            y = lax.psum(y, self.sum_over)
         if self.bias is not None:
             bias = self.bias[...]
             y = y + (bias[..., None] if self.feature_major else bias)

@@ -11,6 +11,7 @@ from flax import nnx
 
 from jaxllm.layers.linear import Linear
 from jaxllm.models.config import Activation, ModelConfig
+from sharding import MeshAxes
 
 ACTIVATIONS: dict[Activation, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -25,16 +26,24 @@ class MLP(nnx.Module):
 
     Args:
         inner: width between the products.
+        split_over: mesh axes that share that width, if any.
     """
 
-    def __init__(self, config: ModelConfig, inner: int, dtype: jnp.dtype, feature_major: bool) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        inner: int,
+        dtype: jnp.dtype,
+        feature_major: bool,
+        split_over: MeshAxes = None,
+    ) -> None:
         hidden = config.hidden_size
         linear = functools.partial(Linear, bias=config.mlp_bias, dtype=dtype, feature_major=feature_major)
         if config.gated_mlp:
             self.gate_up = linear((2, inner), (hidden,), (None, "mlp"), ("embed",))
         else:
             self.up = linear((inner,), (hidden,), ("mlp",), ("embed",))
-        self.down = linear((hidden,), (inner,), ("embed",), ("mlp",))
+        self.down = linear((hidden,), (inner,), ("embed",), ("mlp",), sum_over=split_over)
         self.activation = config.activation
         self.gated = config.gated_mlp
         self.gate_axis = 0 if feature_major else 1

@@ -17,6 +17,7 @@ from jaxllm.layers.linear import Linear, OneOfStack, apply_weight, declare
 from jaxllm.layers.mlp import ACTIVATIONS, MLP
 from jaxllm.models.config import ModelConfig, MoEConfig
 from pallas_kernels.grouped_matmul import grouped_matmul
+from sharding import MeshAxes
 
 
 class GroupedLinear(nnx.Module):
@@ -65,19 +66,32 @@ class Experts(nnx.Module):
 
 
 class MoE(nnx.Module):
-    """The weighted sum of the experts that a token takes, and of a shared one where the family has it."""
+    """The weighted sum of the experts that a token takes, and of a shared one where the family has it.
 
-    def __init__(self, config: ModelConfig, moe: MoEConfig, dtype: jnp.dtype, feature_major: bool) -> None:
+    Args:
+        split_over: mesh axes that share every expert's width, if any.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        moe: MoEConfig,
+        dtype: jnp.dtype,
+        feature_major: bool,
+        split_over: MeshAxes = None,
+    ) -> None:
         linear = functools.partial(Linear, bias=False, dtype=dtype, feature_major=feature_major)
         self.router = linear((moe.num_experts,), (config.hidden_size,), (None,), ("embed",))
         self.experts = Experts(config, moe, dtype)
         has_shared = moe.shared_intermediate_size > 0
-        self.shared = MLP(config, moe.shared_intermediate_size, dtype, feature_major) if has_shared else None
+        width = moe.shared_intermediate_size
+        self.shared = MLP(config, width, dtype, feature_major, split_over) if has_shared else None
         self.shared_gate = linear((1,), (config.hidden_size,), (None,), ("embed",)) if has_shared else None
         self.num_experts = moe.num_experts
         self.experts_per_token = moe.experts_per_token
         self.normalize_weights = moe.normalize_weights
         self.feature_major = feature_major
+        self.split_over = split_over
 
     def __call__(self, x: jax.Array, num_tokens: jax.Array) -> jax.Array:
         """x: [T, D] or [D, T], of which only so many first tokens are real; returns the same shape."""
@@ -100,6 +114,9 @@ class MoE(nnx.Module):
         mine = rows[jnp.argsort(order)].reshape(*chosen.shape, -1)
         out = jnp.einsum("tk,tkd->td", weights, mine.astype(jnp.float32), precision=lax.Precision.HIGHEST)
         out = jnp.where(is_real, out, 0).astype(x.dtype)
+        if self.split_over is not None:
+            # Of each token once, and not of each of its experts.
+            out = lax.psum(out, self.split_over)
         return out.T if self.feature_major else out
 
     def _route(self, logits: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from jaxllm.layers.attention import Attention, AttentionInputs
 from jaxllm.layers.embedding import Embedding
@@ -22,8 +23,12 @@ from jaxllm.layers.norm import hidden_norm
 from jaxllm.layers.pooler import PoolerHead
 from jaxllm.layers.rope import rotation_table
 from jaxllm.models.config import ModelConfig
+from jaxllm.models.fitting import fit_to_shards
 from jaxllm.models.parameters import ParameterSpec
 from pallas_kernels.ragged_paged_attention import Backend
+from sharding import DEFAULT_RULES, MeshAxes, partition_spec, sharded_top_k
+
+CACHE_AXES = ("layers", None, None, "kv_heads", None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +41,18 @@ class DecoderForm:
         stack_layers: the parameters of all layers are one array, sliced by a scan, rather than a list
             of arrays, one of which each turn of a loop picks.
         attention_backend: which kernel attends.
+        mesh: the devices that share the model; None is one device.
     """
 
     dtype: Any
     feature_major: bool
     stack_layers: bool
     attention_backend: Backend
+    mesh: Mesh | AbstractMesh | None = None
+
+    def mesh_axes(self, logical: str) -> MeshAxes:
+        """The mesh axes that share a logical axis."""
+        return None if self.mesh is None else DEFAULT_RULES[logical]
 
 
 @jax.tree_util.register_dataclass
@@ -71,13 +82,16 @@ class DecoderLayer(nnx.Module):
 
     def __init__(self, config: ModelConfig, form: DecoderForm, *, has_experts: bool) -> None:
         self.attention_norm = hidden_norm(config, form.dtype, form.feature_major)
-        self.attention = Attention(config, form.dtype, form.feature_major, form.attention_backend)
+        self.attention = Attention(
+            config, form.dtype, form.feature_major, form.attention_backend, form.mesh_axes("kv_heads")
+        )
         self.mlp_norm = hidden_norm(config, form.dtype, form.feature_major)
         self.mlp: MLP | MoE
+        split = form.mesh_axes("mlp")
         if has_experts and config.moe is not None:
-            self.mlp = MoE(config, config.moe, form.dtype, form.feature_major)
+            self.mlp = MoE(config, config.moe, form.dtype, form.feature_major, split)
         else:
-            self.mlp = MLP(config, config.intermediate_size, form.dtype, form.feature_major)
+            self.mlp = MLP(config, config.intermediate_size, form.dtype, form.feature_major, split)
         self.pre_norm = config.norm_placement == "pre"
 
     def __call__(
@@ -109,7 +123,10 @@ class Trunk(nnx.Module):
     def __init__(self, config: ModelConfig, form: DecoderForm) -> None:
         width, hidden = config.embedding_dim or config.hidden_size, config.hidden_size
         linear = functools.partial(Linear, bias=False, dtype=form.dtype, feature_major=form.feature_major)
-        self.embed = Embedding(config.vocab_size, width, "vocab", form.dtype)
+        vocabulary = functools.partial(
+            Embedding, config.vocab_size, width, "vocab", form.dtype, form.mesh_axes("vocab")
+        )
+        self.embed = vocabulary()
         self.position_embed = (
             Embedding(config.num_learned_positions, hidden, None, form.dtype)
             if config.num_learned_positions
@@ -125,7 +142,7 @@ class Trunk(nnx.Module):
         self.embed_out = linear((width,), (hidden,), (None,), ("embed",)) if projected else None
         self.final_norm = hidden_norm(config, form.dtype, form.feature_major) if config.final_norm else None
         headless = config.tie_word_embeddings or config.pooler is not None
-        self.lm_head = None if headless else Embedding(config.vocab_size, width, "vocab", form.dtype)
+        self.lm_head = None if headless else vocabulary()
         self.pooler = None if config.pooler is None else PoolerHead(config, config.pooler, form.dtype)
         self.feature_major = form.feature_major
         self.position_offset = config.learned_position_offset
@@ -149,11 +166,11 @@ class Trunk(nnx.Module):
             x = self.final_norm(x)
         return x if self.embed_out is None else self.embed_out(x)
 
-    def logits(self, x: jax.Array) -> jax.Array:
-        """Hidden states of some rows to float32 logits [rows, vocabulary]."""
+    def logits(self, x: jax.Array, vocab_size: int) -> jax.Array:
+        """Hidden states of some rows to float32 logits [rows, vocabulary], -inf from vocab_size on."""
         x = self.finish(x)
         head = self.embed if self.lm_head is None else self.lm_head
-        return head.logits(x, self.feature_major)
+        return head.logits(x, self.feature_major, vocab_size)
 
 
 class Decoder:
@@ -161,15 +178,24 @@ class Decoder:
 
     Parameters are a dict by name, as `parameter_specs` lists them. Those of layers ("layers.*") are
     stacked [layers, ...] where `form.stack_layers`, else a list of arrays.
+
+    On a mesh every device runs the same program on its shards (`shard_map`), and the layers say where
+    they add up: twice a layer, and once for the embeddings.
+
+    Attributes:
+        config: the model as it is.
+        fitted: with the KV heads and the vocabulary that parameters, cache and logits have on the mesh.
     """
 
     def __init__(self, config: ModelConfig, form: DecoderForm) -> None:
         self.config = config
         self.form = form
-        self._trunk, self._trunk_params = _split(Trunk(config, form))
+        sizes = {} if form.mesh is None else form.mesh.shape
+        self.fitted = fit_to_shards(config, sizes.get("tensor", 1), sizes.get("pipe", 1))
+        self._trunk, self._trunk_params = _split(Trunk(self.fitted, form))
         self._groups = _groups_of_like_layers(config)
         self._layers = {
-            has_experts: _split(DecoderLayer(config, form, has_experts=has_experts))
+            has_experts: _split(DecoderLayer(self.fitted, form, has_experts=has_experts))
             for has_experts in sorted({group.has_experts for group in self._groups})
         }
         # Which layers have a parameter: all of them, those with experts, or those without.
@@ -187,10 +213,39 @@ class Decoder:
                 specs[f"layers.{name}"] = ParameterSpec(shape, axes, len(self._layers_with[name]))
         return specs
 
+    def cache_spec(self, num_pages: int, page_size: int) -> ParameterSpec:
+        """The KV cache's shape and logical axes, as `ragged_paged_attention` has it."""
+        model = self.fitted
+        shape = (model.num_layers, num_pages, page_size, 2 * model.num_kv_heads, model.head_dim)
+        return ParameterSpec(shape, CACHE_AXES)
+
     def __call__(
         self, params: dict[str, Any], kv_pages: jax.Array, inputs: TokenInputs, *, decode_only: bool = False
     ) -> tuple[jax.Array, jax.Array]:
         """Hidden states after the last layer, [T, D] or [D, T], and the cache with the new tokens."""
+        forward: Callable[..., Any] = functools.partial(self._forward, decode_only=decode_only)
+        if self.form.mesh is not None:
+            cache = partition_spec(CACHE_AXES)
+            forward = self._on_every_device(forward, (cache, PartitionSpec()), (PartitionSpec(), cache))
+        return forward(params, kv_pages, inputs)
+
+    def _on_every_device(
+        self, function: Callable[..., Any], in_specs: tuple[PartitionSpec, ...], out_specs: Any
+    ) -> Callable[..., Any]:
+        """function(params, ...) of global arrays, run on each device's shards."""
+        params = {name: self._partition_spec(name, spec) for name, spec in self.parameter_specs().items()}
+        # Not checked: what a psum makes equal everywhere, loops and kernels do not see to be.
+        return jax.shard_map(
+            function, mesh=self.form.mesh, in_specs=(params, *in_specs), out_specs=out_specs, check_vma=False
+        )
+
+    def _partition_spec(self, name: str, spec: ParameterSpec) -> PartitionSpec:
+        stacked = self.form.stack_layers and spec.num_layers is not None
+        return partition_spec(("layers", *spec.axes) if stacked else spec.axes, name=name)
+
+    def _forward(
+        self, params: dict[str, Any], kv_pages: jax.Array, inputs: TokenInputs, *, decode_only: bool
+    ) -> tuple[jax.Array, jax.Array]:
         trunk = self._trunk_of(params)
         rope = self.config.rope
         attention_inputs = AttentionInputs(
@@ -207,8 +262,25 @@ class Decoder:
         return x, kv_pages
 
     def logits(self, params: dict[str, Any], hidden: jax.Array, rows: jax.Array) -> jax.Array:
-        """float32[rows, vocabulary] for the tokens at `rows` int32[rows] of the hidden states."""
-        return self._trunk_of(params).logits(jnp.take(hidden, rows, axis=1 if self.form.feature_major else 0))
+        """float32[rows, vocabulary] for the tokens at `rows` int32[rows] of the hidden states.
+
+        On a mesh the vocabulary is the fitted one, -inf where it is longer than the model's.
+        """
+        if self.form.mesh is None:
+            return self._logits(params, hidden, rows)
+        split = PartitionSpec(None, self.form.mesh_axes("vocab"))
+        logits = self._on_every_device(self._logits, (PartitionSpec(), PartitionSpec()), split)
+        return logits(params, hidden, rows)
+
+    def top_k(self, logits: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+        """The k largest of each row of logits, and where they stand."""
+        if self.form.mesh is None:
+            return lax.top_k(logits, k)
+        return sharded_top_k(logits, k, self.form.mesh, self.form.mesh_axes("vocab"))
+
+    def _logits(self, params: dict[str, Any], hidden: jax.Array, rows: jax.Array) -> jax.Array:
+        chosen = jnp.take(hidden, rows, axis=1 if self.form.feature_major else 0)
+        return self._trunk_of(params).logits(chosen, self.config.vocab_size)
 
     def features(self, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
         """float32[T, D] of every token, as Hugging Face's `last_hidden_state`."""

@@ -48,6 +48,7 @@ class DummySource:
 
 def dummy_parameters_on_device(
     specs: Mapping[str, ParameterSpec],
+    fitted: Callable[[str, jax.Array], jax.Array],
     shardings: Mapping[str, NamedSharding],
     dtype: np.dtype[Any],
     seed: int,
@@ -55,12 +56,23 @@ def dummy_parameters_on_device(
     stack_layers: bool,
     report: Callable[[int], object],
 ) -> Parameters:
-    """The same on the devices themselves, each making its own part: seconds at any size."""
+    """The same on the devices themselves, each making its own part: seconds at any size.
+
+    Args:
+        specs: of the model as a checkpoint would hold it.
+        fitted: a parameter's name and array to the array that the mesh splits.
+    """
     root = jax.random.key(seed)
     parameters: Parameters = {}
     for name, spec in specs.items():
         key = jax.random.fold_in(root, np.uint32(zlib.crc32(name.encode())))
-        make = functools.partial(_make, dtype=dtype, constant=_constant(name), sharding=shardings[name])
+        make = functools.partial(
+            _make,
+            dtype=dtype,
+            constant=_constant(name),
+            fitted=functools.partial(fitted, name),
+            sharding=shardings[name],
+        )
         if spec.num_layers is None:
             parameters[name] = make(key, shape=spec.shape)
         elif stack_layers:
@@ -78,20 +90,29 @@ def _make(
     shape: tuple[int, ...],
     dtype: np.dtype[Any],
     constant: float | None,
+    fitted: Callable[[jax.Array], jax.Array],
     sharding: NamedSharding,
 ) -> jax.Array:
-    return _compiled_make(shape, dtype, constant, sharding)(key)
+    fitted_shape = jax.eval_shape(fitted, jax.ShapeDtypeStruct(shape, dtype)).shape
+    if fitted_shape == shape:
+        return _compiled_make(shape, dtype, constant, sharding)(key)
+    make = functools.partial(_values, shape=shape, dtype=dtype, constant=constant)
+    return jax.jit(lambda key: fitted(make(key)), out_shardings=sharding)(key)
+
+
+def _values(
+    key: jax.Array, *, shape: tuple[int, ...], dtype: np.dtype[Any], constant: float | None
+) -> jax.Array:
+    if constant is not None:
+        return jnp.full(shape, constant, dtype)
+    return jax.random.uniform(key, shape, dtype, -_BOUND, _BOUND)
 
 
 @functools.cache
 def _compiled_make(
     shape: tuple[int, ...], dtype: np.dtype[Any], constant: float | None, sharding: NamedSharding
 ) -> Callable[[jax.Array], jax.Array]:
-    def make(key: jax.Array) -> jax.Array:
-        if constant is not None:
-            return jnp.full(shape, constant, dtype)
-        return jax.random.uniform(key, shape, dtype, -_BOUND, _BOUND)
-
+    make = functools.partial(_values, shape=shape, dtype=dtype, constant=constant)
     return jax.jit(make, out_shardings=sharding)
 
 

@@ -10,17 +10,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
 from jaxllm.errors import ConfigError
 from jaxllm.models.config import ModelConfig
+from jaxllm.models.decoder import parameter_specs
 from jaxllm.models.dummy import DummySource, dummy_parameters_on_device
+from jaxllm.models.fitting import FittedSource, fitted_array, parameter_shardings
 from jaxllm.models.orbax_checkpoint import is_orbax_checkpoint, restore_parameters
 from jaxllm.models.parameters import Parameters, ParameterSpec, WeightSource
 from jaxllm.models.placement import Placer
 from jaxllm.models.safetensors_source import SafetensorsSource
-from sharding import ShardingError, make_mesh, named_sharding
+from sharding import make_mesh
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +49,7 @@ def load_parameters(
 
     Args:
         path: the model's directory; "dummy" does not read it.
-        specs: what the decoder declares.
+        specs: what the decoder declares; KV heads and vocabulary may be fitted to the mesh.
         dtype: float32, bfloat16 or float16, whatever the checkpoint holds.
         mesh: where to; None is the first device.
         stack_layers: per-layer parameters as one array [layers, ...] rather than a list of arrays.
@@ -67,7 +69,14 @@ def load_parameters(
         )
     dtype = _float_dtype(dtype)
     mesh = make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
-    shardings = _shardings(specs, mesh, stack_layers)
+    shardings = parameter_shardings(specs, mesh, stack_layers)
+    declared = parameter_specs(config)
+    stored = {name: declared[name] for name in specs}
+    queries = config.queries_per_kv_head
+
+    def fitted(name: str, array: jax.Array) -> jax.Array:
+        return fitted_array(array, stored[name], specs[name], queries)
+
     if load_format == "auto":
         load_format = "orbax" if is_orbax_checkpoint(path) else "safetensors"
     logger.info("loading the weights of %s (%s) as %s", path, load_format, dtype)
@@ -76,15 +85,17 @@ def load_parameters(
     with tqdm(total=total, desc="Loading weights", unit="B", unit_scale=True, disable=not progress) as bar:
         if load_format == "orbax":
             return restore_parameters(
-                path, specs, shardings, dtype, stack_layers=stack_layers, report=bar.update
+                path, stored, fitted, shardings, dtype, stack_layers=stack_layers, report=bar.update
             )
         if load_format == "dummy" and mesh.devices.flat[0].platform != "cpu":
             return dummy_parameters_on_device(
-                specs, shardings, dtype, seed, stack_layers=stack_layers, report=bar.update
+                stored, fitted, shardings, dtype, seed, stack_layers=stack_layers, report=bar.update
             )
         source: WeightSource = (
-            DummySource(specs, seed) if load_format == "dummy" else SafetensorsSource(path, config, specs)
+            DummySource(stored, seed) if load_format == "dummy" else SafetensorsSource(path, config, stored)
         )
+        if stored != specs:
+            source = FittedSource(source, stored, specs, queries)
         placer = Placer(source, dtype, bar.update)
         parameters: Parameters = {}
         for name, spec in specs.items():
@@ -107,19 +118,3 @@ def _float_dtype(dtype: Any) -> np.dtype[Any]:
     if found is None or found.name not in DTYPES:
         raise ConfigError(f"dtype={dtype!r}; supported: {', '.join(DTYPES)}", param="dtype")
     return found
-
-
-def _shardings(
-    specs: Mapping[str, ParameterSpec], mesh: Mesh, stack_layers: bool
-) -> dict[str, NamedSharding]:
-    """How each array will lie; a list's arrays all alike."""
-    shardings = {}
-    for name, spec in specs.items():
-        axes, shape = spec.axes, spec.shape
-        if stack_layers and spec.num_layers is not None:
-            axes, shape = ("layers", *axes), (spec.num_layers, *shape)
-        try:
-            shardings[name] = named_sharding(mesh, axes, shape, name)
-        except ShardingError as error:
-            raise ConfigError(str(error)) from error
-    return shardings

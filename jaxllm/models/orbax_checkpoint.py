@@ -7,6 +7,7 @@ takes seconds to import, and most runs do not need it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ def save_parameters(path: Path, parameters: Mapping[str, jax.Array | list[jax.Ar
 def restore_parameters(
     path: Path,
     specs: Mapping[str, ParameterSpec],
+    fitted: Callable[[str, jax.Array], jax.Array],
     shardings: Mapping[str, NamedSharding],
     dtype: np.dtype[Any],
     *,
@@ -59,7 +61,9 @@ def restore_parameters(
     """Restores parameters with the dtype and the shardings given.
 
     Args:
-        shardings: of each array; with `stack_layers`, of the stacked one.
+        specs: of what is stored.
+        fitted: a parameter's name and array to the array that the mesh splits.
+        shardings: of each such array; with `stack_layers`, of the stacked one.
         report: called with a number of bytes whenever so many have been placed.
 
     Raises:
@@ -77,7 +81,9 @@ def restore_parameters(
             _check(directory, _stored_shapes(checkpointer, directory), specs)
             for layer in _groups(specs):
                 group = {name: spec for name, spec in specs.items() if _belongs(spec, layer)}
-                restored = _restore(checkpointer, directory, group, layer, shardings, dtype, stack_layers)
+                restored = _restore(
+                    checkpointer, directory, group, fitted, layer, shardings, dtype, stack_layers
+                )
                 for name, array in restored.items():
                     _keep(parameters, name, array, layer, specs[name], shardings[name], stack_layers)
                     report(array.nbytes)
@@ -147,6 +153,7 @@ def _restore(
     checkpointer: Any,
     directory: Path,
     specs: Mapping[str, ParameterSpec],
+    fitted: Callable[[str, jax.Array], jax.Array],
     layer: int | None,
     shardings: Mapping[str, NamedSharding],
     dtype: np.dtype[Any],
@@ -157,10 +164,16 @@ def _restore(
 
     items: dict[str, Any] = {}
     arguments: dict[str, Any] = {}
+    fitting: dict[str, Any] = {}
     for name, spec in specs.items():
         sharding = shardings[name]
         if stacked and layer is not None:
             sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+        fit = functools.partial(fitted, name)
+        if jax.eval_shape(fit, jax.ShapeDtypeStruct(spec.shape, dtype)).shape != spec.shape:
+            # What is stored does not divide as the fitted array does: every device restores the whole of it.
+            fitting[name] = jax.jit(fit, out_shardings=sharding)
+            sharding = NamedSharding(sharding.mesh, PartitionSpec())
         item: Any = jax.ShapeDtypeStruct(spec.shape, dtype, sharding=sharding)
         argument: Any = ocp.ArrayRestoreArgs(dtype=dtype, sharding=sharding, global_shape=spec.shape)
         items[name] = item if layer is None else {str(layer): item}
@@ -169,7 +182,8 @@ def _restore(
         directory,
         args=ocp.args.PyTreeRestore(item=items, restore_args=arguments, partial_restore=True),
     )
-    return {name: restored[name] if layer is None else restored[name][str(layer)] for name in specs}
+    arrays = {name: restored[name] if layer is None else restored[name][str(layer)] for name in specs}
+    return arrays | {name: fit(arrays[name]) for name, fit in fitting.items()}
 
 
 def _keep(
@@ -190,6 +204,6 @@ def _keep(
     else:
         stack = parameters.get(name)
         if stack is None:
-            stack = jnp.zeros((spec.num_layers or 0, *spec.shape), array.dtype, device=sharding)
+            stack = jnp.zeros((spec.num_layers or 0, *array.shape), array.dtype, device=sharding)
         assert isinstance(stack, jax.Array)
         parameters[name] = set_layer(stack, array, np.int32(layer))

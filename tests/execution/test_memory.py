@@ -16,6 +16,7 @@ from jaxllm.execution import memory
 from jaxllm.execution.memory import num_kv_pages, page_bytes, step_bytes, weight_bytes
 from jaxllm.execution.platform import free_memory
 from jaxllm.models.config import ModelConfig, MoEConfig
+from jaxllm.models.fitting import fit_to_shards, shard_of
 from jaxllm.models.parameters import ParameterSpec
 
 MODEL = ModelConfig("LlamaForCausalLM", 100, 16, 32, 3, 4, 2, 8, 4096)
@@ -36,7 +37,7 @@ def device_with(total: int, used: int = 0, platform: str = "gpu") -> Any:
 def pages(device: Any = None, **arguments: Any) -> int:
     defaults = {"max_model_len": 100, "max_num_seqs": 4, "max_num_batched_tokens": 64}
     config = EngineConfig(**{**defaults, **arguments})
-    return num_kv_pages(config, MODEL, FLOAT32, SPECS, device or device_with(GIB))
+    return num_kv_pages(config, MODEL, FLOAT32, SPECS, [device or device_with(GIB)])
 
 
 def test_sizes() -> None:
@@ -137,6 +138,23 @@ def test_a_cpu_whose_memory_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
     ) as caught:
         pages(device_with(GIB, platform="cpu"))
     assert "Lower max_num_seqs or max_num_batched_tokens, or set kv_cache_memory_bytes." in str(caught.value)
+
+
+def test_devices_that_share_a_model_have_more_pages() -> None:
+    """kv_cache_memory_bytes is of each, and a page takes a device the less the more of them share it."""
+    config = EngineConfig(
+        max_model_len=100, max_num_seqs=4, max_num_batched_tokens=64, kv_cache_memory_bytes=8 * PAGE
+    )
+    for tensor, expected in ((1, 8), (2, 16), (4, 16)):  # two KV heads: four devices have a copy of one each
+        shard = shard_of(fit_to_shards(MODEL, tensor), tensor)
+        pages_of_shard = num_kv_pages(config, shard, FLOAT32, SPECS, [device_with(GIB)] * tensor)
+        assert pages_of_shard == expected + 1
+
+
+def test_the_fullest_device_decides() -> None:
+    config = EngineConfig(max_model_len=100, max_num_seqs=4, max_num_batched_tokens=64)
+    devices = [device_with(GIB), device_with(GIB, GIB // 4), device_with(GIB)]
+    assert num_kv_pages(config, MODEL, FLOAT32, SPECS, devices) == pages(devices[1])
 
 
 def test_one_sequence_is_enough() -> None:

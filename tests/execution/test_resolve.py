@@ -82,10 +82,14 @@ def test_a_bad_value_is_named(arguments: dict[str, Any], param: str, message: st
     assert str(caught.value) == message
 
 
-@pytest.mark.parametrize("name", ["tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"])
-def test_more_devices_are_not_served_yet(name: str) -> None:
-    with pytest.raises(UnsupportedError, match=f"{name}=2: one device runs the model so far; leave it at 1"):
+@pytest.mark.parametrize("name", ["pipeline_parallel_size", "data_parallel_size"])
+def test_what_is_not_served_yet_is_refused(name: str) -> None:
+    with pytest.raises(UnsupportedError, match=f"{name}=2 is not supported yet; leave it at 1"):
         resolved(**{name: 2})
+
+
+def test_devices_may_share_the_model() -> None:
+    assert resolved(tensor_parallel_size=2).tensor_parallel_size == 2
 
 
 def test_nothing_is_left_open() -> None:

@@ -15,7 +15,7 @@ LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "vocab_size": 22,
     "hidden_size": 12,
-    "intermediate_size": 10,
+    "intermediate_size": 8,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -38,9 +38,9 @@ def llama_tensors(seed: int = 0, dtype: str = "float32") -> dict[str, np.ndarray
             f"{prefix}.self_attn.v_proj.weight": (12, 12),
             f"{prefix}.self_attn.o_proj.weight": (12, 24),
             f"{prefix}.post_attention_layernorm.weight": (12,),
-            f"{prefix}.mlp.gate_proj.weight": (10, 12),
-            f"{prefix}.mlp.up_proj.weight": (10, 12),
-            f"{prefix}.mlp.down_proj.weight": (12, 10),
+            f"{prefix}.mlp.gate_proj.weight": (8, 12),
+            f"{prefix}.mlp.up_proj.weight": (8, 12),
+            f"{prefix}.mlp.down_proj.weight": (12, 8),
         }
     generator = np.random.default_rng(seed)
     return {name: generator.standard_normal(shape).astype(DTYPES[dtype]) for name, shape in shapes.items()}

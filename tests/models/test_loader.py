@@ -150,7 +150,7 @@ def spoil_missing(tensors: dict[str, np.ndarray]) -> None:
 
 
 def spoil_unknown(tensors: dict[str, np.ndarray]) -> None:
-    tensors["model.layers.2.mlp.up_proj.weight"] = np.zeros((10, 12), np.float32)
+    tensors["model.layers.2.mlp.up_proj.weight"] = np.zeros((8, 12), np.float32)
 
 
 def spoil_shape(tensors: dict[str, np.ndarray]) -> None:
@@ -180,7 +180,7 @@ def spoil_head(tensors: dict[str, np.ndarray]) -> None:
         (spoil_missing, r"1 missing: layers\.1\.mlp\.up_proj\.weight"),
         (spoil_unknown, r"1 not part of this model: layers\.2\.mlp\.up_proj\.weight"),
         (spoil_shape, r"1 misshapen: norm\.weight is \[13\], expected \[12\]"),
-        (spoil_transposed, r"layers\.0\.mlp\.gate_proj\.weight is \[12, 10\], expected \[10, 12\]"),
+        (spoil_transposed, r"layers\.0\.mlp\.gate_proj\.weight is \[12, 8\], expected \[8, 12\]"),
         (spoil_integer, r"norm\.weight is I8"),
         (spoil_double, r"'norm\.weight' twice, as 'model\.norm\.weight' and 'norm\.weight'|twice"),
         (spoil_head, r"missing: lm_head\.weight.*'tie_word_embeddings': True"),
@@ -330,7 +330,13 @@ def test_dummy_weights_made_on_the_device(stack_layers: bool) -> None:
         shardings[name] = named_sharding(mesh, axes, shape, name)
     reported: list[int] = []
     parameters = dummy_parameters_on_device(
-        SPECS, shardings, jnp.dtype("float32"), 5, stack_layers=stack_layers, report=reported.append
+        SPECS,
+        lambda name, array: array,
+        shardings,
+        jnp.dtype("float32"),
+        5,
+        stack_layers=stack_layers,
+        report=reported.append,
     )
     assert sum(reported) == sum(spec.size for spec in SPECS.values()) * 4
     for name, spec in SPECS.items():

@@ -11,7 +11,7 @@ from benchmarks.loading import load_once
 from tests.models.checkpoints import LLAMA, llama_tensors, write_model
 
 CONFIG = {**LLAMA, "hidden_size": 1024, "intermediate_size": 2560, "vocab_size": 6000, "head_dim": 512}
-_LARGE = {12: 1024, 24: 2048, 10: 2560, 22: 6000}
+_LARGE = {12: 1024, 24: 2048, 8: 2560, 22: 6000}
 
 
 @pytest.fixture(scope="module")

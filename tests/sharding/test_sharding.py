@@ -47,7 +47,7 @@ def test_too_few_and_too_many_devices() -> None:
 
 
 def test_partition_specs() -> None:
-    assert partition_spec(("vocab", "embed")) == PartitionSpec("tensor", None)
+    assert partition_spec(("vocab", "embed")) == PartitionSpec(("pipe", "tensor"), None)
     assert partition_spec(("layers", "kv_heads", None, None, "embed")) == PartitionSpec(
         "pipe", "tensor", None, None, None
     )
@@ -57,8 +57,10 @@ def test_partition_specs() -> None:
 
 
 def test_a_collision_names_array_axes_and_dimensions() -> None:
-    with pytest.raises(ShardingError, match=r"w: dimensions 0 \('vocab'\) and 2 \('mlp'\).*'tensor'"):
-        partition_spec(("vocab", None, "mlp"), name="w")
+    for axes in (("vocab", None, "mlp"), ("mlp", None, "vocab")):
+        names = rf"w: dimensions 0 \('{axes[0]}'\) and 2 \('{axes[2]}'\).*'tensor'"
+        with pytest.raises(ShardingError, match=names):
+            partition_spec(axes, name="w")
 
 
 def test_a_size_that_does_not_divide_names_both_numbers() -> None:
@@ -70,19 +72,11 @@ def test_a_size_that_does_not_divide_names_both_numbers() -> None:
         named_sharding(AbstractMesh((2,), ("data",)), ("mlp",), (4,), "w")
 
 
-@pytest.mark.parametrize(
-    ("kv_heads", "tensor", "split"),
-    [(8, 4, True), (4, 4, True), (2, 4, False), (1, 8, False), (3, 1, True)],
-)
-def test_kv_heads_fewer_than_shards_replicate(kv_heads: int, tensor: int, split: bool) -> None:
-    sharding = named_sharding(abstract_mesh(tensor=tensor), ("kv_heads", "embed"), (kv_heads, 8), "qkv")
-    assert sharding.spec == PartitionSpec("tensor" if split else None, None)
-
-
-@pytest.mark.parametrize(("kv_heads", "tensor"), [(3, 2), (3, 4), (6, 4)])
-def test_kv_heads_that_fit_neither_way_are_an_error(kv_heads: int, tensor: int) -> None:
-    with pytest.raises(ShardingError, match=f"'kv_heads' of size {kv_heads} .* {tensor} shards"):
-        named_sharding(abstract_mesh(tensor=tensor), ("kv_heads",), (kv_heads,), "qkv")
+def test_stages_and_shards_share_the_vocabulary() -> None:
+    mesh = abstract_mesh(data=3, pipe=2, tensor=4)
+    assert named_sharding(mesh, ("vocab", "embed"), (24, 5)).shard_shape((24, 5)) == (3, 5)
+    with pytest.raises(ShardingError, match=r"size 20 .* 8 shards of the mesh axis 'pipe' x 'tensor'"):
+        named_sharding(mesh, ("vocab", "embed"), (20, 5))
 
 
 @given(
@@ -102,8 +96,8 @@ def test_every_array_divides_or_is_refused(
         for size, part in zip(shape, sharding.shard_shape(shape), strict=True):
             assert size % part == 0
         # Nothing is split that the rules do not split, nor over an axis that they do not name.
-        for axis, mesh_axis in zip(axes, sharding.spec, strict=True):
-            assert mesh_axis is None or (axis is not None and DEFAULT_RULES[axis] == mesh_axis)
+        for axis, mesh_axes in zip(axes, sharding.spec, strict=True):
+            assert mesh_axes is None or (axis is not None and DEFAULT_RULES[axis] == mesh_axes)
 
 
 _ON_EIGHT_DEVICES = """
@@ -112,6 +106,8 @@ from pathlib import Path
 import jax, numpy as np
 from sharding import ShardingError, make_mesh, named_sharding
 from jaxllm.errors import ConfigError
+from jaxllm.models.decoder import Decoder, DecoderForm
+from jaxllm.models.fitting import fitted_array
 from jaxllm.models.loader import load_parameters
 from jaxllm.models.orbax_checkpoint import save_parameters
 from tests.models.checkpoints import llama_tensors, write_model
@@ -130,12 +126,22 @@ path = Path(sys.argv[1])
 write_model(path / "in", tensors, num_shards=2)
 save_parameters(path / "out", load(path / "in"))
 for source in ("in", "out"):
-    for sizes in ((2, 2, 2), (8, 1, 1), (1, 2, 2), (1, 1, 2)):
+    for sizes in ((2, 2, 2), (8, 1, 1), (1, 2, 2), (1, 1, 2), (1, 1, 4)):
         mesh = make_mesh(*sizes)
+        form = DecoderForm(np.float32, False, False, "reference", mesh)
+        specs = Decoder(CONFIG, form).parameter_specs()
+        def fitted(name, array):
+            return np.asarray(fitted_array(np.asarray(array), SPECS[name], specs[name], 2))
+        whole = {
+            name: [fitted(name, one) for one in value] if SPECS[name].num_layers else fitted(name, value)
+            for name, value in expected(tensors).items()
+        }
         for stack in (False, True):
-            parameters = load(path / source, mesh=mesh, stack_layers=stack)
-            assert_same(parameters, expected(tensors))
-            for name, spec in SPECS.items():
+            parameters = load_parameters(
+                path / source, CONFIG, specs, dtype="float32", mesh=mesh, stack_layers=stack
+            )
+            assert_same(parameters, whole)
+            for name, spec in specs.items():
                 arrays = parameters[name]
                 for array in [arrays] if isinstance(arrays, jax.Array) else arrays:
                     layered = stack and spec.num_layers is not None
@@ -143,15 +149,16 @@ for source in ("in", "out"):
                     want = named_sharding(mesh, axes, array.shape, name)
                     assert array.sharding.is_equivalent_to(want, array.ndim), name
                     for shard in array.addressable_shards:
-                        whole = np.asarray(array)
-                        np.testing.assert_array_equal(np.asarray(shard.data), whole[shard.index])
+                        of_all = np.asarray(array)[shard.index]
+                        np.testing.assert_array_equal(np.asarray(shard.data), of_all)
             qkv = parameters["layers.attention.qkv.weight"]
             heads = (qkv if stack else qkv[0]).addressable_shards[0].data.shape[1 if stack else 0]
-            assert heads == 2 // sizes[2]
+            assert heads == max(2 // sizes[2], 1)
 # Made-up weights do not depend on the mesh.
 one = load(path, load_format="dummy", seed=1)
+mesh = make_mesh(data=8)
 assert_same(load(path, load_format="dummy", seed=1, mesh=mesh), {k: np.asarray(v) for k, v in one.items()})
-# Four shards for two KV heads: those replicate, the rest is split; a vocabulary of 22 is refused by name.
+# A vocabulary of 22 that was not fitted to four shards is refused by name.
 try:
     load(path / "in", mesh=make_mesh(tensor=4))
 except ConfigError as error:

@@ -1,0 +1,92 @@
+"""What a step takes and gives as shapes, dtypes and shardings: it is compiled before any of it exists."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from jaxllm.execution.batch import StepShape
+from jaxllm.models.decoder import Decoder
+from jaxllm.models.fitting import parameter_shardings
+from sharding import named_sharding
+
+
+def abstract_parameters(decoder: Decoder) -> dict[str, Any]:
+    """Every parameter, those of layers stacked or listed as the decoder's form has them.
+
+    Raises:
+        ConfigError: a size does not divide by the shards it is split into; with both and the array's name.
+    """
+    form, specs = decoder.form, decoder.parameter_specs()
+    # On one device the compiler sees no mesh at all.
+    shardings = {} if form.mesh is None else parameter_shardings(specs, form.mesh, form.stack_layers)
+    arrays: dict[str, Any] = {}
+    for name, spec in specs.items():
+        stacked = form.stack_layers and spec.num_layers is not None
+        shape = (spec.num_layers or 0, *spec.shape) if stacked else spec.shape
+        array = jax.ShapeDtypeStruct(shape, form.dtype, sharding=shardings.get(name))
+        arrays[name] = array if stacked or spec.num_layers is None else [array] * spec.num_layers
+    return arrays
+
+
+def abstract_cache(decoder: Decoder, num_pages: int, page_size: int) -> jax.ShapeDtypeStruct:
+    """The KV cache."""
+    spec, mesh = decoder.cache_spec(num_pages, page_size), decoder.form.mesh
+    sharding = None if mesh is None else named_sharding(mesh, spec.axes, spec.shape, "the KV cache")
+    return jax.ShapeDtypeStruct(spec.shape, decoder.form.dtype, sharding=sharding)
+
+
+def abstract_state(create: Callable[[], Any], mesh: Mesh | AbstractMesh | None) -> Any:
+    """What steps hand on to one another; its class says the LOGICAL_AXES of each field."""
+    state = jax.eval_shape(create)
+    if mesh is None:
+        return state
+    arrays: dict[str, Any] = {}
+    for name, axes in type(state).LOGICAL_AXES.items():
+        array = getattr(state, name)
+        sharding = named_sharding(mesh, axes, array.shape, f"the state's {name}")
+        arrays[name] = jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+    return type(state)(**arrays)
+
+
+def everywhere(decoder: Decoder) -> NamedSharding | None:
+    """Where what every device has whole lies; None on one device."""
+    mesh = decoder.form.mesh
+    return None if mesh is None else NamedSharding(mesh, PartitionSpec())
+
+
+def shardings_of(arrays: Any) -> Any:
+    """The sharding of each array of a tree, abstract or not."""
+    return jax.tree.map(lambda array: array.sharding, arrays)
+
+
+def lower_step(
+    run: Callable[..., Any],
+    decoder: Decoder,
+    params: dict[str, Any],
+    kv_pages: jax.ShapeDtypeStruct,
+    state: Any,
+    token_masks: jax.ShapeDtypeStruct,
+    shape: StepShape,
+) -> jax.stages.Lowered:
+    """The step `run` of a shape, lowered for the devices that the abstract arrays lie on.
+
+    Cache and state are donated and stay as they lie; what goes to the host is whole on every device.
+    """
+    whole = everywhere(decoder)
+    # A float32 model is computed in float32: by default a GPU would take TF32, and a TPU bfloat16.
+    precision = "highest" if decoder.form.dtype == jnp.float32 else "default"
+    with jax.default_matmul_precision(precision):
+        stays = (kv_pages.sharding, shardings_of(state))
+        return jax.jit(run, donate_argnums=(1, 2), out_shardings=(*stays, whole)).lower(
+            params,
+            kv_pages,
+            state,
+            jax.ShapeDtypeStruct((shape.num_integers,), jnp.int32, sharding=whole),
+            jax.ShapeDtypeStruct((shape.num_floats,), jnp.float32, sharding=whole),
+            token_masks,
+        )

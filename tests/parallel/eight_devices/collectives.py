@@ -1,0 +1,101 @@
+"""What the steps of several devices do to one another, read from the compiled modules."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxllm.execution.abstract import (
+    abstract_cache,
+    abstract_parameters,
+    abstract_state,
+    everywhere,
+    lower_step,
+)
+from jaxllm.execution.batch import StepShape
+from jaxllm.execution.sampler import SamplerState
+from jaxllm.execution.step import step
+from jaxllm.execution.token_masks import TokenMasks
+from jaxllm.models.config import ModelConfig, RopeConfig
+from jaxllm.models.decoder import Decoder, DecoderForm
+from sharding import make_mesh
+from tests.parallel.hlo import Module, collectives, copies_of, parse
+
+LAYERS, VOCABULARY = 3, 6000
+MODEL = ModelConfig(
+    "LlamaForCausalLM", VOCABULARY, 40, 88, LAYERS, 16, 8, 6, 256, rope=RopeConfig(1e4, 6), qk_norm=True
+)
+PAGES, PAGE_SIZE, SLOTS = 11, 4, 5
+DECODE, MIXED = StepShape(5, 5, 7, True), StepShape(20, 5, 7, False)
+STEPS = pytest.mark.parametrize(
+    ("tensor", "feature_major", "shape"), [(2, False, DECODE), (4, True, MIXED), (8, False, MIXED)]
+)
+
+
+def shape_of(*sizes: int) -> str:
+    return f"f32[{','.join(map(str, sizes))}]"
+
+
+def cache_shape(tensor: int) -> str:
+    return shape_of(LAYERS, PAGES, PAGE_SIZE, 16 // tensor, 6)
+
+
+def lower(tensor: int, feature_major: bool, shape: StepShape) -> jax.stages.Lowered:
+    """A step in the form of CPUs (a loop over lists of arrays) or of accelerators (a scan)."""
+    mesh = None if tensor == 1 else make_mesh(tensor=tensor)
+    form = DecoderForm(jnp.dtype("float32"), feature_major, not feature_major, "xla", mesh)
+    decoder = Decoder(MODEL, form)
+    return lower_step(
+        functools.partial(step, decoder=decoder, shape=shape, num_logprobs=5, logprobs_mode="raw_logprobs"),
+        decoder,
+        abstract_parameters(decoder),
+        abstract_cache(decoder, PAGES, PAGE_SIZE),
+        abstract_state(functools.partial(SamplerState.create, SLOTS, decoder.fitted.vocab_size), mesh),
+        TokenMasks(decoder.fitted.vocab_size, everywhere(decoder)).abstract(shape.num_seqs),
+        shape,
+    )
+
+
+@functools.cache
+def module(tensor: int, feature_major: bool, shape: StepShape) -> Module:
+    return parse(lower(tensor, feature_major, shape).compile().as_text())
+
+
+@STEPS
+def test_a_layer_adds_up_twice_and_nothing_else(tensor: int, feature_major: bool, shape: StepShape) -> None:
+    compiled = module(tensor, feature_major, shape)
+    [layer] = compiled.loops_over(cache_shape(tensor))
+    assert collectives(layer) == Counter({"all-reduce": 2})
+
+
+@STEPS
+def test_no_weight_and_no_cache_is_moved(tensor: int, feature_major: bool, shape: StepShape) -> None:
+    compiled = module(tensor, feature_major, shape)
+    rows = -(-VOCABULARY // (256 * tensor)) * 256
+    large = {cache_shape(tensor), cache_shape(1), shape_of(rows, 40), shape_of(rows * tensor, 40)}
+    for parts in (tensor, 1):
+        weights = [(8 // parts, 4, 6, 40), (40, 8 // parts, 2, 6), (2, 88 // parts, 40), (40, 88 // parts)]
+        large |= {shape_of(*w) for w in weights} | {shape_of(LAYERS, *w) for w in weights}
+    assert copies_of(compiled.instructions, large) == []
+
+
+@STEPS
+def test_logits_stay_where_they_are(tensor: int, feature_major: bool, shape: StepShape) -> None:
+    """Whatever a request asks for: what moves of a row is a chunk of the vocabulary or less."""
+    compiled = module(tensor, feature_major, shape)
+    moved = [one for one in compiled.instructions if collectives([one])]
+    assert moved
+    rows = shape.num_seqs if shape.decode_only else shape.num_tokens
+    for one in moved:
+        assert one.num_elements <= rows * max(VOCABULARY // 10, MODEL.hidden_size), one
+
+
+def test_one_device_is_lowered_without_a_mesh() -> None:
+    for feature_major in (False, True):
+        assert not re.search("all_reduce|collective|shard|mesh", lower(1, feature_major, MIXED).as_text())
+    assert re.search("all_reduce", lower(2, False, MIXED).as_text())

@@ -1,0 +1,74 @@
+"""A small model of every family whose heads two and four devices can share, with weights for all of it."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxllm.models.config import ModelConfig
+from jaxllm.models.decoder import parameter_specs
+from jaxllm.models.families import checkpoint_table, translate_config
+from jaxllm.models.loader import load_parameters
+from tests.parity.cases import CASES
+from tests.parity.checkpoints import write_checkpoint
+from tests.parity.reference_forward import forward
+
+# Vocabularies that end within a shard, and before the last one begins. Fewer KV heads than four shards
+# wherever a family knows grouped queries.
+_CHANGES: dict[str, dict[str, Any]] = {
+    "llama": {"num_attention_heads": 8, "head_dim": 6, "vocab_size": 601},
+    "mistral-window": {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 601},
+    "qwen2-layer-types": {"num_attention_heads": 8, "vocab_size": 601},
+    "qwen3-biases-mqa": {"num_attention_heads": 4, "vocab_size": 601, "tie_word_embeddings": True},
+    "opt-post-norm-projected": {"num_attention_heads": 8, "vocab_size": 601},
+    "gpt2": {"n_embd": 40, "n_head": 4, "vocab_size": 601},
+}
+FAMILIES = tuple(_CHANGES)
+
+
+def hf_config(name: str, **changes: Any) -> dict[str, Any]:
+    return {**CASES[name].config, **_CHANGES[name], **changes}
+
+
+def write_model(directory: Path, name: str, **changes: Any) -> Path:
+    """A model directory with random weights."""
+    config = hf_config(name, **changes)
+    model = translate_config(config)
+    table, specs = checkpoint_table(model), parameter_specs(model)
+    shapes = {
+        piece.tensor.format(layer=layer): piece.disk_shape
+        for piece in table.pieces
+        for layer in range(specs[piece.parameter].num_layers or 1)
+    }
+    return write_checkpoint(directory, config, shapes, seed=3)
+
+
+class Oracle:
+    """What a model must say, by the plain forward pass in float64."""
+
+    def __init__(self, directory: Path, model: ModelConfig) -> None:
+        self.model = model
+        specs = parameter_specs(model)
+        loaded = load_parameters(directory, model, specs, dtype="float32", stack_layers=True)
+        self._parameters = {name: np.asarray(array, np.float64) for name, array in loaded.items()}
+        self._logprobs = cache(self._compute)
+
+    def logprobs(self, tokens: list[int]) -> np.ndarray:
+        """float64[tokens, vocabulary] of what follows each token."""
+        return self._logprobs(tuple(tokens))
+
+    def _compute(self, tokens: tuple[int, ...]) -> np.ndarray:
+        logits = forward(self.model, self._parameters, list(tokens))
+        return logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+
+    def greedy(self, prompt: list[int], count: int, bias: dict[int, float] | None = None) -> list[int]:
+        tokens = list(prompt)
+        for _ in range(count):
+            logits = self.logprobs(tokens)[-1].copy()
+            for token, value in (bias or {}).items():
+                logits[token] += value
+            tokens.append(int(logits.argmax()))
+        return tokens[len(prompt) :]
