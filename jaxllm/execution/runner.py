@@ -137,7 +137,7 @@ class Runner:
         self._host_pages = HostPages(self._abstract_cache, num_host_pages) if num_host_pages else None
         self._create_state = self._state_factory(max_num_seqs)
         self._abstract_state = abstract_state(self._create_state, decoder.form.mesh)
-        self._masks = TokenMasks(decoder.fitted.vocab_size, everywhere(decoder))
+        self._masks = TokenMasks(model.vocab_size, decoder.fitted.vocab_size, everywhere(decoder))
         self._slots = SlotTable(max_num_seqs, pages_per_seq, decoder.fitted.vocab_size)
         shapes = self._shapes(step_shapes(max_num_seqs, max_num_batched_tokens, pages_per_seq))
         self.compiler = StepCompiler(self._compile, shapes, complete=compile_all)

@@ -114,8 +114,8 @@ class Attention(nnx.Module):
 
             def norm(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> Norm:
                 if per_head:
-                    shape, axes = shape[-1:], axes[-1:]
-                return Norm(shape, "rms", config.norm_eps, dtype, feature_axis, axes)
+                    return Norm(shape[-1:], "rms", config.norm_eps, dtype, feature_axis)
+                return Norm(shape, "rms", config.norm_eps, dtype, feature_axis, axes, split_over)
 
             self.q_norm = norm((heads, group, head_dim), ("kv_heads", None, None))
             self.k_norm = norm((heads, head_dim), ("kv_heads", None))

@@ -9,6 +9,7 @@ from jax import lax
 
 from jaxllm.layers.linear import declare
 from jaxllm.models.config import ModelConfig
+from sharding import MeshAxes
 
 
 class Norm(nnx.Module):
@@ -20,6 +21,7 @@ class Norm(nnx.Module):
         feature_axis: which dimension holds the features, the last of them where they are several; -1, or
             -2 where tokens are the last.
         axes: logical axes of the features; None is never split.
+        split_over: mesh axes that share the features, if any; for "rms" alone.
     """
 
     def __init__(
@@ -30,11 +32,13 @@ class Norm(nnx.Module):
         dtype: jnp.dtype,
         feature_axis: int,
         axes: tuple[str | None, ...] | None = None,
+        split_over: MeshAxes = None,
     ) -> None:
         axes = (None,) * len(shape) if axes is None else axes
         self.weight = declare(shape, axes, dtype)
         self.bias = declare(shape, axes, dtype) if kind == "layer" else None
         self.eps = eps
+        self.split_over = split_over
         self.feature_axes = tuple(range(feature_axis - len(shape) + 1, feature_axis + 1))
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -43,6 +47,8 @@ class Norm(nnx.Module):
         if self.bias is not None:
             centred = centred - jnp.mean(centred, axis=axis, keepdims=True)
         variance = jnp.mean(jnp.square(centred), axis=axis, keepdims=True)
+        if self.split_over is not None:
+            variance = lax.pmean(variance, self.split_over)
         y = centred * lax.rsqrt(variance + self.eps) * self._along_features(self.weight[...])
         if self.bias is not None:
             y = y + self._along_features(self.bias[...])

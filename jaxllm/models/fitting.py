@@ -145,14 +145,15 @@ class FittedSource:
         self, parameter: str, layer: int | None, region: Region, out: np.ndarray, axis: int
     ) -> None:
         copies = self._fitted[parameter].shape[axis] // self._stored[parameter].shape[axis]
-        queries = self._queries // copies
+        of_original = _queries_in(self._stored[parameter], self._fitted[parameter], self._queries)
+        queries = of_original // copies
         (first, last), (start, stop) = region[axis], region[axis + 1]
         for head in range(first, last):
             original, copy = divmod(head, copies)
             # A copy has its own queries, and behind them the same keys and values as the others.
             parts = (
                 (start, min(stop, queries), copy * queries),
-                (max(start, queries), stop, self._queries - queries),
+                (max(start, queries), stop, of_original - queries),
             )
             for begin, end, shift in parts:
                 if begin < end:
@@ -174,6 +175,13 @@ def fitted_array(array: jax.Array, stored: ParameterSpec, fitted: ParameterSpec,
         return jnp.pad(array, padding)
     axis = first + stored.axes.index("kv_heads")
     heads, copies = array.shape[axis], fitted.shape[axis - first] // array.shape[axis]
+    queries = _queries_in(stored, fitted, queries)
     own, shared = jnp.split(array, [queries], axis=axis + 1)
     own = own.reshape(*array.shape[:axis], heads * copies, queries // copies, *array.shape[axis + 2 :])
     return jnp.concatenate([own, jnp.repeat(shared, copies, axis=axis)], axis=axis + 1)
+
+
+def _queries_in(stored: ParameterSpec, fitted: ParameterSpec, queries: int) -> int:
+    """How many queries of a KV head come first in the dimension after the heads: all of them, or none."""
+    after = stored.axes.index("kv_heads") + 1
+    return queries if stored.shape[after] != fitted.shape[after] else 0

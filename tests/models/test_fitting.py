@@ -71,6 +71,16 @@ def test_fitted_heads_are_those_of_the_model(
     model = replace(MODEL, num_heads=heads, num_kv_heads=kv_heads)
     fitted = fit_to_shards(model, tensor)
     rng = np.random.default_rng(0)
+    # The norm of keys, which has no queries, is copied whole.
+    norm = ParameterSpec((kv_heads, 2), ("kv_heads", None), 2)
+    fitted_norm = ParameterSpec((fitted.num_kv_heads, 2), ("kv_heads", None), 2)
+    whole = rng.normal(size=norm.shape).astype(np.float32)
+    want = whole[np.arange(fitted.num_kv_heads) * kv_heads // fitted.num_kv_heads]
+    np.testing.assert_array_equal(fitted_array(jnp.asarray(whole), norm, fitted_norm, group), want)
+    out = np.empty(want.shape, np.float32)
+    source = FittedSource(ArraySource({"norm": whole}), {"norm": norm}, {"norm": fitted_norm}, group)
+    source.read("norm", None, ((0, fitted.num_kv_heads), (0, 2)), out)
+    np.testing.assert_array_equal(out, want)
     for name in ("qkv", "output"):
         extra = 2 if name == "qkv" else 0
         lead, axes = ((), ("kv_heads", None, None)) if extra else ((3,), ("embed", "kv_heads", None, None))
@@ -96,11 +106,11 @@ def test_fitted_heads_are_those_of_the_model(
         for size in spec.shape:
             start = data.draw(st.integers(0, size - 1))
             region.append((start, data.draw(st.integers(start + 1, size))))
-        source = ArraySource({name: whole})
+        arrays = ArraySource({name: whole})
         out = np.full([stop - start for start, stop in region], np.nan, np.float32)
-        FittedSource(source, {name: stored}, {name: spec}, group).read(name, 1, tuple(region), out)
+        FittedSource(arrays, {name: stored}, {name: spec}, group).read(name, 1, tuple(region), out)
         np.testing.assert_array_equal(out, want[1][tuple(slice(*bounds) for bounds in region)])
-        assert source.read_elements == out.size
+        assert arrays.read_elements == out.size
 
 
 @settings(max_examples=30)

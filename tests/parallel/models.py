@@ -23,6 +23,9 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "mistral-window": {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 601},
     "qwen2-layer-types": {"num_attention_heads": 8, "vocab_size": 601},
     "qwen3-biases-mqa": {"num_attention_heads": 4, "vocab_size": 601, "tie_word_embeddings": True},
+    "mixtral": {"num_attention_heads": 8, "head_dim": 6, "vocab_size": 601},
+    "qwen2-moe": {"num_attention_heads": 8, "vocab_size": 601},
+    "olmoe-clipped": {"num_attention_heads": 8, "vocab_size": 601, "intermediate_size": 28},
     "opt-post-norm-projected": {"num_attention_heads": 8, "vocab_size": 601},
     "gpt2": {"n_embd": 40, "n_head": 4, "vocab_size": 601},
 }
@@ -37,12 +40,9 @@ def write_model(directory: Path, name: str, **changes: Any) -> Path:
     """A model directory with random weights."""
     config = hf_config(name, **changes)
     model = translate_config(config)
-    table, specs = checkpoint_table(model), parameter_specs(model)
-    shapes = {
-        piece.tensor.format(layer=layer): piece.disk_shape
-        for piece in table.pieces
-        for layer in range(specs[piece.parameter].num_layers or 1)
-    }
+    table = checkpoint_table(model)
+    pieces = (*table.pieces, *(table.alternatives[0] if table.alternatives else ()))
+    shapes = {name: piece.disk_shape for piece in pieces for name in piece.names}
     return write_checkpoint(directory, config, shapes, seed=3)
 
 

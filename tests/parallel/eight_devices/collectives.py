@@ -28,7 +28,7 @@ from tests.parallel.hlo import Module, collectives, copies_of, parse
 
 LAYERS, VOCABULARY = 3, 6000
 MODEL = ModelConfig(
-    "LlamaForCausalLM", VOCABULARY, 40, 88, LAYERS, 16, 8, 6, 256, rope=RopeConfig(1e4, 6), qk_norm=True
+    "LlamaForCausalLM", VOCABULARY, 40, 88, LAYERS, 16, 8, 6, 256, rope=RopeConfig(1e4, 6), qk_norm="head"
 )
 PAGES, PAGE_SIZE, SLOTS = 11, 4, 5
 DECODE, MIXED = StepShape(5, 5, 7, True), StepShape(20, 5, 7, False)
@@ -56,7 +56,7 @@ def lower(tensor: int, feature_major: bool, shape: StepShape) -> jax.stages.Lowe
         abstract_parameters(decoder),
         abstract_cache(decoder, PAGES, PAGE_SIZE),
         abstract_state(functools.partial(SamplerState.create, SLOTS, decoder.fitted.vocab_size), mesh),
-        TokenMasks(decoder.fitted.vocab_size, everywhere(decoder)).abstract(shape.num_seqs),
+        TokenMasks(VOCABULARY, decoder.fitted.vocab_size, everywhere(decoder)).abstract(shape.num_seqs),
         shape,
     )
 
