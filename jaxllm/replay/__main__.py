@@ -156,7 +156,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     ):
         parser.error(f"argument --scheduling-config: its keys must be among the policies, {options.policy}")
     try:
-        run(options, Console())
+        console = Console()
+        # Where the output goes to a file there is no width to keep to.
+        run(options, console if console.is_terminal else Console(width=140))
     except (JaxLLMError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

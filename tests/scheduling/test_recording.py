@@ -153,6 +153,27 @@ def rows_of(schedule: Schedule, index: int) -> list[Entry]:
     return [(row.request.request_id, *row[1:]) for row in schedule.rows(index)]
 
 
+def test_steps_cost_together_what_they_took(tmp_path: Path) -> None:
+    """Also where a few of them took far longer than the others, which the fit leaves out."""
+    server = Recorded(make_config(num_pages=30), in_flight=1)
+    server.record(tmp_path / "s.jsonl")
+    tick, rng = server.tick, random.Random(0)
+
+    def uneven() -> float:
+        server.now += rng.choice([0, 0, 0, 0, 0.1])
+        return tick()
+
+    server.tick = uneven  # type: ignore[method-assign]
+    serve(server, random_requests(rng, server.config, 40), rng)
+    schedule = read_schedule(tmp_path / "s.jsonl")
+    cost = schedule.cost()
+    predicted = sum(
+        cost.shapes[step.shape] + schedule._work(index).times(cost.prices)
+        for index, step in enumerate(schedule.steps)
+    )
+    assert predicted == pytest.approx(sum(step.seconds for step in schedule.steps))
+
+
 def test_who_is_aborted_leaves_the_record(tmp_path: Path) -> None:
     from jaxllm.request import RequestStatus
 

@@ -172,6 +172,9 @@ class Schedule:
     def cost(self) -> FittedCost:
         """The price of steps as they were here; shapes that never ran are priced by their tokens.
 
+        The fit leaves out steps that something else has slowed down. They are part of what happened, so
+        all prices are raised until the steps together take as long as they did.
+
         Raises:
             ValueError: no step was recorded to its end.
         """
@@ -181,7 +184,9 @@ class Schedule:
             if step.seconds > 0
         ]
         shapes = [Shape(tokens, seqs, decodes) for tokens, seqs, decodes in self.header.get("shapes", ())]
-        return FittedCost.fit(steps).extended(shapes)
+        fitted = FittedCost.fit(steps)
+        together = sum(fitted.shapes[step.shape] + step.work.times(fitted.prices) for step in steps)
+        return fitted.scaled(sum(step.seconds for step in steps) / together).extended(shapes)
 
     def _work(self, step: int) -> Work:
         work = Work.of_runs((row.start, row.num_tokens) for row in self.rows(step))

@@ -145,6 +145,11 @@ class FittedCost:
         shapes = dict(zip(column, seconds_of_one[: len(column)], strict=True))
         return cls(shapes, Work(*seconds_of_one[len(column) :]))
 
+    def scaled(self, factor: float) -> FittedCost:
+        """With every price so many times as high."""
+        shapes = {shape: factor * price for shape, price in self.shapes.items()}
+        return FittedCost(shapes, Work(*(factor * price for price in self.prices)))
+
     def extended(self, shapes: Iterable[Shape]) -> FittedCost:
         """With a price for further shapes: on the line through the known ones of their kind, by tokens.
 
