@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import itertools
 import logging
 import os
 import queue
@@ -18,11 +17,11 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from jaxllm.errors import EngineDeadError, JaxLLMError
-from jaxllm.outputs import CompletionOutput, RequestOutput
+from jaxllm.output_stream import OutputStream
+from jaxllm.outputs import RequestOutput
 from jaxllm.request import NO_TERMS, SchedulingTerms
 from jaxllm.sampling_params import RequestOutputKind, SamplingParams
 
@@ -34,105 +33,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-
-class OutputStream:
-    """The outputs of one request, in order; iterate over it on the event loop that made it.
-
-    A consumer that is slower than the engine gets fewer and larger outputs: what piled up is merged,
-    and nothing that a DELTA output brought is lost. The iteration ends after the finished output, or
-    with the exception that ended the request.
-    """
-
-    def __init__(
-        self, engine: AsyncEngine, request_id: str, output_kind: RequestOutputKind, num_sequences: int = 1
-    ) -> None:
-        self.request_id = request_id
-        self._num_sequences = num_sequences
-        self._engine = engine
-        self._output_kind = output_kind
-        self._loop = asyncio.get_running_loop()
-        self._pending: list[RequestOutput] = []
-        self._error: BaseException | None = None
-        self._ended = False
-        self._waiter: asyncio.Future[None] | None = None
-
-    def __aiter__(self) -> OutputStream:
-        return self
-
-    async def __anext__(self) -> RequestOutput:
-        while not self._pending:
-            if self._error is not None:
-                raise self._error
-            if self._ended:
-                raise StopAsyncIteration
-            self._waiter = self._loop.create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
-        pending, self._pending = self._pending, []
-        return pending[0] if len(pending) == 1 else merge_outputs(pending, self._output_kind)
-
-    def close(self) -> None:
-        """Abort the request unless it has ended, and end the iteration; for consumers that stop listening."""
-        if not self._ended:
-            self._end()
-            self._engine.abort([self.request_id])
-
-    def _put(self, output: RequestOutput) -> None:
-        if not self._ended:
-            self._pending.append(output)
-            if output.finished:
-                self._end()
-            else:
-                self._wake()
-
-    def _fail(self, error: BaseException) -> None:
-        if not self._ended:
-            self._error = error
-            self._end()
-
-    def _end(self) -> None:
-        if not self._ended:
-            self._ended = True
-            self._engine._count(-self._num_sequences)
-        self._wake()
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-
-def merge_outputs(outputs: list[RequestOutput], kind: RequestOutputKind) -> RequestOutput:
-    """One output that says what several in a row said.
-
-    Deltas are concatenated per completion; of cumulative outputs the last of each completion stays.
-    """
-    last = outputs[-1]
-    by_index: dict[int, list[CompletionOutput]] = {}
-    for completion in itertools.chain.from_iterable(output.outputs for output in outputs):
-        by_index.setdefault(completion.index, []).append(completion)
-    if kind is RequestOutputKind.DELTA:
-        completions = [_concatenate(parts) for parts in by_index.values()]
-    else:
-        completions = [parts[-1] for parts in by_index.values()]
-    prompt_logprobs = next((o.prompt_logprobs for o in outputs if o.prompt_logprobs is not None), None)
-    return replace(last, outputs=completions, prompt_logprobs=prompt_logprobs)
-
-
-def _concatenate(parts: list[CompletionOutput]) -> CompletionOutput:
-    if len(parts) == 1:
-        return parts[0]
-    logprobs = None
-    if any(part.logprobs is not None for part in parts):
-        logprobs = [position for part in parts for position in part.logprobs or ()]
-    return replace(
-        parts[-1],
-        text="".join(part.text for part in parts),
-        token_ids=[token_id for part in parts for token_id in part.token_ids],
-        logprobs=logprobs,
-    )
 
 
 def _ignore(error: BaseException) -> None:
@@ -241,14 +141,20 @@ class AsyncEngine:
         self, request_id: str, processed: ProcessedInput, output_kind: RequestOutputKind
     ) -> OutputStream:
         """Hand processed input to the engine; whoever stops reading the stream early must close it."""
-        stream = OutputStream(self, request_id, output_kind, len(processed.requests))
+        sequences = len(processed.requests)
+        stream = OutputStream(
+            request_id,
+            output_kind,
+            abort=lambda: self.abort([request_id]),
+            when_ended=lambda: self._count(-sequences),
+        )
 
         def run() -> None:
             self.engine.submit(processed.requests, processed.prompt)
             self._streams[request_id] = stream
 
         self._send(_Command(run, functools.partial(self._fail_stream, stream)))
-        self._count(len(processed.requests))
+        self._count(sequences)
         return stream
 
     async def run_in_thread(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
@@ -374,7 +280,7 @@ class AsyncEngine:
             for request_id in known:
                 stream = self._streams.pop(request_id, None)
                 if stream is not None:
-                    self._post(stream._loop, stream._end)
+                    self._post(stream.loop, stream.end)
 
     # -- the engine's thread ------------------------------------------------------------------------
 
@@ -416,7 +322,7 @@ class AsyncEngine:
                 continue
             if output.finished:
                 del self._streams[output.request_id]
-            by_loop.setdefault(stream._loop, []).append((stream, output))
+            by_loop.setdefault(stream.loop, []).append((stream, output))
         for loop, deliveries in by_loop.items():
             if not self._post(loop, _deliver, deliveries):
                 orphans = [s.request_id for s, output in deliveries if not output.finished]
@@ -453,9 +359,9 @@ class AsyncEngine:
         self._streams.clear()
 
     def _fail_stream(self, stream: OutputStream, error: BaseException) -> None:
-        self._post(stream._loop, stream._fail, error)
+        self._post(stream.loop, stream.fail, error)
 
 
 def _deliver(deliveries: list[tuple[OutputStream, RequestOutput]]) -> None:
     for stream, output in deliveries:
-        stream._put(output)
+        stream.put(output)

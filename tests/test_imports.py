@@ -32,7 +32,7 @@ LEVELS: list[set[str]] = [
     {"jaxllm.scheduling"},
     {"jaxllm.text"},
     {"jaxllm.request"},
-    {"jaxllm.progress"},
+    {"jaxllm.progress", "jaxllm.output_stream"},
     {
         "jaxllm.sampling_params",
         "jaxllm.pooling_params",

@@ -13,9 +13,9 @@ import orjson
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from jaxllm.async_engine import OutputStream
 from jaxllm.errors import InvalidRequestError
 from jaxllm.input_processor import ProcessedInput
+from jaxllm.output_stream import OutputStream
 from jaxllm.pooling_outputs import PoolingOutput, PoolingRequestOutput
 from jaxllm.pooling_params import PoolingParams
 from jaxllm.pooling_processor import pooler_of, process_pooling

@@ -10,9 +10,10 @@ from typing import Any, Protocol
 
 from starlette.requests import Request as HTTPRequest
 
-from jaxllm.async_engine import AsyncEngine, OutputStream
+from jaxllm.async_engine import AsyncEngine
 from jaxllm.errors import InvalidRequestError
 from jaxllm.input_processor import ProcessedInput
+from jaxllm.output_stream import OutputStream
 from jaxllm.sampling_params import SamplingParams
 from jaxllm.serve.config import ServerConfig
 from jaxllm.serve.errors import NotFoundError, OverloadedError

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxllm.async_engine import AsyncEngine, merge_outputs
+from jaxllm.async_engine import AsyncEngine
 from jaxllm.errors import EngineDeadError, InvalidRequestError
+from jaxllm.output_stream import merge_outputs
 from jaxllm.outputs import CompletionOutput, Logprob, RequestOutput
 from jaxllm.sampling_params import RequestOutputKind, SamplingParams
 from tests.serve.fake_engine import REPLY, FakeEngine, texts, wait_until

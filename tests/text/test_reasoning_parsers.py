@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jaxllm.text.parsers.message import MessageFormat, MessageParser
 from jaxllm.text.parsers.reasoning import REASONING_FORMATS
@@ -121,3 +123,35 @@ def test_where_the_answer_begins() -> None:
     assert "".join(map(chr, granite)) == "Here is my response:"
     final = REASONING_FORMATS["openai_gptoss"].answer_mark(tokenizer)
     assert "".join(map(chr, final)) == "<|channel|>final<|message|>"
+
+
+SOUP = st.lists(
+    st.sampled_from(
+        [
+            *sorted({mark for form in REASONING_FORMATS.values() for mark in (*form.starts, *form.ends)}),
+            *("\n", "\n\n", " ", "<", "</", "Here", "text", "é😀", CALL, "<tool_call>", KIMI_BEGIN),
+            *(
+                "<|channel|>analysis<|message|>",
+                "<|channel|>final<|message|>",
+                "<|end|>",
+                "<|start|>assistant",
+            ),
+        ]
+    ),
+    max_size=10,
+)
+
+
+@pytest.mark.parametrize("tools", [None, "hermes"])
+@pytest.mark.parametrize("name", sorted(REASONING_FORMATS))
+@given(parts=SOUP, inside=st.booleans())
+@settings(max_examples=50, deadline=None)
+def test_soup_reads_the_same_in_pieces(name: str, tools: str | None, parts: list[str], inside: bool) -> None:
+    text = "".join(parts)
+    prompt = "<think>" if inside else ""
+    whole = read(name, prompt, [text], tools)
+    assert read(name, prompt, [*parts, ""], tools) == whole
+    assert read(name, prompt, [*text, ""], tools) == whole
+    if name != "openai_gptoss" and tools is None:
+        kept = (whole.reasoning + whole.content).replace("\n", "")
+        assert all(kept.count(word) == text.count(word) for word in ("text", "é😀"))

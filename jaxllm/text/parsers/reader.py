@@ -207,11 +207,14 @@ class Reader:
 
     def _longest_beginning(self, marks: Sequence[str]) -> int:
         """Length of the longest end of the unread text that a mark begins with."""
-        unread = len(self._text) - self._at
-        for length in range(min(unread, max(map(len, marks), default=0) - 1), 0, -1):
-            ending = self._text[len(self._text) - length :]
-            if any(mark.startswith(ending) for mark in marks if len(mark) > length):
-                return length
+        reach = max(map(len, marks), default=0) - 1
+        firsts = {mark[0] for mark in marks}
+        for index in range(max(self._at, len(self._text) - reach), len(self._text)):
+            # Nearly always no mark begins here, which its first character tells at once.
+            if self._text[index] in firsts:
+                ending = self._text[index:]
+                if any(mark.startswith(ending) for mark in marks if len(mark) > len(ending)):
+                    return len(ending)
         return 0
 
 
