@@ -14,6 +14,8 @@ COMMANDS = {
     "serve": ("serve a model to OpenAI clients", "jaxllm.serve.__main__"),
     "chat": ("chat with the model of a running server", "jaxllm.chat"),
     "complete": ("complete texts with the model of a running server", "jaxllm.complete"),
+    "simulate": ("serve simulated traffic under scheduling policies, and compare", "jaxllm.simulate"),
+    "replay": ("look at a schedule that a server recorded", "jaxllm.replay.__main__"),
     "run-batch": ("answer a file of requests in OpenAI's batch format", "jaxllm.run_batch"),
     "collect-env": ("describe this machine for a report of a problem", "jaxllm.collect_env"),
 }

@@ -213,10 +213,10 @@ def write_files(options: argparse.Namespace, outcomes: Sequence[Outcome], title:
         write_html(options.html, title, COLUMNS, [table_row(outcome) for outcome in outcomes], pictures)
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser(program: str = "python -m jaxllm.simulate") -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m jaxllm.simulate",
+        prog=program,
         description="Serve simulated traffic under one scheduling policy or several, and compare.",
         allow_abbrev=False,
     )
@@ -253,9 +253,9 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, program: str = "python -m jaxllm.simulate") -> int:
     """Runs the command line; returns the exit status."""
-    parser = make_parser()
+    parser = make_parser(program)
     options = parser.parse_args(argv)
     if not isinstance(options.scheduling_config, dict) or not options.scheduling_config.keys() <= set(
         options.policy

@@ -92,10 +92,10 @@ def print_summary(schedule: Schedule, console: Console) -> None:
     console.print(table)
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser(program: str = "python -m jaxllm.replay") -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m jaxllm.replay",
+        prog=program,
         description="Look at a schedule that --record-schedule wrote, and at what other policies would have "
         "made of it. Without an option: step by step in a terminal, the figures elsewhere.",
         allow_abbrev=False,
@@ -147,9 +147,9 @@ def run(options: argparse.Namespace, console: Console) -> None:
         interact(schedule, console)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, program: str = "python -m jaxllm.replay") -> int:
     """Runs the command line; returns the exit status."""
-    parser = make_parser()
+    parser = make_parser(program)
     options = parser.parse_args(argv)
     if not isinstance(options.scheduling_config, dict) or not options.scheduling_config.keys() <= set(
         options.policy

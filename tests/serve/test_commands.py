@@ -170,7 +170,9 @@ def test_the_machine_without_its_secrets(
     assert "JAXLLM_API_KEY: (set)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["serve", "chat", "complete", "run-batch", "collect-env"])
+@pytest.mark.parametrize(
+    "command", ["serve", "chat", "complete", "simulate", "replay", "run-batch", "collect-env"]
+)
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main([command, "--help"])
