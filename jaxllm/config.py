@@ -119,6 +119,7 @@ class EngineConfig:
     pipeline_parallel_size: int = 1
     data_parallel_size: int = 1
     attention_backend: str | None = None
+    structured_outputs_config: dict[str, Any] = field(default_factory=dict)
     forbid_recompile: bool = False
     compilation_cache_dir: str | None = None
     disable_log_stats: bool = False
@@ -182,7 +183,6 @@ NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "spec_method": (),
     "spec_model": (),
     "spec_tokens": (),
-    "structured_outputs_config": (),
     "logits_processors": (),
     "cpu_offload_gb": (),
     "kv_offloading_size": (),

@@ -20,6 +20,7 @@ from jaxllm.models.config import ModelConfig
 from jaxllm.request import NO_TERMS, Request, SchedulingTerms
 from jaxllm.sampling_params import RequestOutputKind, SamplingParams, eos_token_ids_of
 from jaxllm.scheduling.policies import terms_of
+from jaxllm.structured_outputs import StructuredOutputsConfig
 from jaxllm.text.grammar import GrammarCompiler
 
 logger = logging.getLogger(__name__)
@@ -104,7 +105,12 @@ class InputProcessor:
         self._further_eos: Mapping[str, Any] = {} if tokenizer_eos is None else {"eos_token_id": further}
 
         self.all_eos_token_ids = self._eos_token_ids | frozenset(further)
-        self.grammars = GrammarCompiler(tokenizer, model_config.vocab_size, self.all_eos_token_ids)
+        self.grammars = GrammarCompiler(
+            tokenizer,
+            model_config.vocab_size,
+            self.all_eos_token_ids,
+            StructuredOutputsConfig.from_mapping(engine_config.structured_outputs_config),
+        )
 
         self._seeds = random.Random(engine_config.seed)
         self._seeds_lock = threading.Lock()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json as json_lib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any, NoReturn
 
-from jaxllm.errors import InvalidRequestError
+from jaxllm.errors import ConfigError, InvalidRequestError
 
 CONSTRAINTS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 """The fields of which exactly one is set."""
@@ -120,6 +121,52 @@ class StructuredOutputsParams:
 
 GuidedDecodingParams = StructuredOutputsParams
 """The name that older releases of vLLM used."""
+
+
+@dataclass(frozen=True, slots=True)
+class StructuredOutputsConfig:
+    """What holds for all constraints of an engine: its `structured_outputs_config`.
+
+    Attributes:
+        backend: "auto" or "guidance", which is what there is.
+        disable_any_whitespace, disable_additional_properties: as in `StructuredOutputsParams`, for every
+            request. One that brings a whitespace pattern of its own keeps that.
+    """
+
+    backend: str = "auto"
+    disable_any_whitespace: bool = False
+    disable_additional_properties: bool = False
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any]) -> StructuredOutputsConfig:
+        """From an argument of the engine.
+
+        Raises:
+            ConfigError: a key is unknown, or a value is not allowed.
+        """
+        allowed: dict[str, tuple[Any, ...]] = {f.name: (True, False) for f in fields(cls)}
+        allowed["backend"] = ("auto", "guidance")
+        for name, value in mapping.items():
+            if name not in allowed or not any(value == a and type(value) is type(a) for a in allowed[name]):
+                takes = "; ".join(
+                    f"{key}: {' or '.join(map(repr, values))}" for key, values in allowed.items()
+                )
+                raise ConfigError(
+                    f"structured_outputs_config holds {name}={value!r}; it takes {takes}.",
+                    param="structured_outputs_config",
+                )
+        return cls(**mapping)
+
+    def apply(self, params: StructuredOutputsParams) -> StructuredOutputsParams:
+        """A constraint under these rules."""
+        compact = self.disable_any_whitespace and params.whitespace_pattern is None
+        is_json = params.kind in ("json", "json_object", "structural_tag")
+        closed = self.disable_additional_properties and params.kind in ("json", "structural_tag")
+        return replace(
+            params,
+            disable_any_whitespace=params.disable_any_whitespace or (compact and is_json),
+            disable_additional_properties=params.disable_additional_properties or closed,
+        )
 
 
 def _check_choice(value: Any) -> None:

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from jaxllm.errors import InvalidRequestError
+from jaxllm.errors import ConfigError, InvalidRequestError
 from jaxllm.structured_outputs import (
     MAX_CHARACTERS,
     MAX_GRAMMAR_CHARACTERS,
     MAX_NESTING,
+    StructuredOutputsConfig,
     StructuredOutputsParams,
 )
 
@@ -101,3 +102,33 @@ def test_a_long_value_is_cut_in_the_message() -> None:
         StructuredOutputsParams(grammar="\0" * 5000)
     assert len(str(caught.value)) < 400
     assert re.search(r"\.\.\.", str(caught.value))
+
+
+def test_what_holds_for_every_constraint() -> None:
+    config = StructuredOutputsConfig.from_mapping(
+        {"backend": "guidance", "disable_any_whitespace": True, "disable_additional_properties": True}
+    )
+
+    def applied(**fields: Any) -> tuple[bool, bool]:
+        params = config.apply(StructuredOutputsParams(**fields))
+        return params.disable_any_whitespace, params.disable_additional_properties
+
+    assert applied(json={}) == applied(structural_tag={}) == (True, True)
+    assert applied(json_object=True) == (True, False)
+    assert applied(json={}, whitespace_pattern=" ") == (False, True)
+    assert applied(regex="a") == applied(choice=["a"]) == (False, False)
+    params = StructuredOutputsParams(json={}, disable_any_whitespace=True)
+    assert StructuredOutputsConfig.from_mapping({}).apply(params) == params
+
+
+@pytest.mark.parametrize(
+    "mapping",
+    [{"backend": "xgrammar"}, {"disable_any_whitespace": 1}, {"reasoning_parser": "qwen3"}],
+    ids=str,
+)
+def test_a_config_that_is_wrong(mapping: dict[str, Any]) -> None:
+    with pytest.raises(
+        ConfigError, match=r"structured_outputs_config holds .*; it takes backend: 'auto'"
+    ) as caught:
+        StructuredOutputsConfig.from_mapping(mapping)
+    assert caught.value.param == "structured_outputs_config"

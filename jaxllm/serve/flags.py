@@ -73,6 +73,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "logprobs_mode",
         "disable_sliding_window",
         "attention_backend",
+        "structured_outputs_config",
     ),
     "loading": ("load_format", "download_dir", "compilation_cache_dir", "forbid_recompile"),
     "KV cache": (
@@ -128,6 +129,7 @@ HELP = {
     "pipeline_parallel_size": "devices that share the layers",
     "data_parallel_size": "replicas of the model",
     "attention_backend": "attention kernel; chosen by platform unless given",
+    "structured_outputs_config": "what holds for all of them: disable_any_whitespace, ...",
     "disable_log_stats": "keep no statistics",
     "allowed_methods": "methods that browsers may use",
     "allowed_headers": "headers that browsers may send",

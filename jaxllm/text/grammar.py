@@ -20,7 +20,7 @@ import llguidance
 import numpy as np
 
 from jaxllm.errors import InvalidRequestError
-from jaxllm.structured_outputs import StructuredOutputsParams
+from jaxllm.structured_outputs import StructuredOutputsConfig, StructuredOutputsParams
 from jaxllm.text.constraints import grammar_of, locate
 
 COMPILE_SECONDS = 20.0
@@ -147,9 +147,17 @@ class GrammarCompiler:
         tokenizer: a fast Hugging Face tokenizer, or None where the engine runs on token ids alone.
         vocab_size: tokens of the model, which may have more than its tokenizer.
         eos_token_ids: ids that end a sequence.
+        config: what holds for every constraint.
     """
 
-    def __init__(self, tokenizer: Any, vocab_size: int, eos_token_ids: Collection[int]) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        vocab_size: int,
+        eos_token_ids: Collection[int],
+        config: StructuredOutputsConfig | None = None,
+    ) -> None:
+        self._config = config or StructuredOutputsConfig()
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._eos_token_ids = sorted(eos_token_ids)
@@ -163,6 +171,7 @@ class GrammarCompiler:
         Returns:
             A matcher at the beginning of the grammar, to be forked; or `InvalidRequestError`.
         """
+        params = self._config.apply(params)
         key = (
             params.kind,
             params.text(),

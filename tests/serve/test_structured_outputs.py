@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
+import threading
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -20,6 +22,7 @@ from jaxllm.sampling_params import SamplingParams
 from jaxllm.serve.config import ServerConfig
 from jaxllm.serve.protocol import ChatCompletionRequest, CompletionRequest
 from jaxllm.structured_outputs import StructuredOutputsParams
+from jaxllm.text.grammar import GrammarCompiler
 from tests.serve.conftest import Api, serving
 
 QUESTION: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
@@ -59,8 +62,6 @@ def client(demo: Api) -> openai.AsyncOpenAI:
 
 
 def run(coroutine: Any) -> Any:
-    import asyncio
-
     return asyncio.run(coroutine)
 
 
@@ -234,3 +235,31 @@ def test_fields_become_parameters() -> None:
     assert of(structured_outputs={"choice": ["a"]}) == StructuredOutputsParams(choice=["a"])
     body = ChatCompletionRequest.model_validate({"messages": QUESTION, "guided_json": SCHEMA})
     assert body.to_sampling_params({}).structured_outputs == StructuredOutputsParams(json=SCHEMA)
+
+
+def test_a_grammar_that_takes_long_holds_up_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    release = threading.Event()
+    inner = GrammarCompiler._compile
+
+    def compile_(self: GrammarCompiler, params: StructuredOutputsParams) -> Any:
+        if params.regex == "slow":
+            release.wait(30)
+        return inner(self, params)
+
+    monkeypatch.setattr(GrammarCompiler, "_compile", compile_)
+    with serving() as api:
+
+        async def main() -> list[int]:
+            transport = httpx.ASGITransport(api.app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+
+                def post(**fields: Any) -> Any:
+                    return client.post("/v1/completions", json={"prompt": "x", "max_tokens": 4, **fields})
+
+                slow = [asyncio.create_task(post(guided_regex="slow")) for _ in range(20)]
+                others = [await post(), await post(guided_regex="a|b"), await post()]
+                assert not any(task.done() for task in slow)
+                release.set()
+                return [r.status_code for r in [*others, *await asyncio.gather(*slow)]]
+
+        assert set(asyncio.run(main())) == {200}

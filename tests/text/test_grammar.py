@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from jaxllm.demo import demo_model_path
 from jaxllm.errors import InvalidRequestError
-from jaxllm.structured_outputs import StructuredOutputsParams
+from jaxllm.structured_outputs import StructuredOutputsConfig, StructuredOutputsParams
 from jaxllm.text import grammar as grammar_module
 from jaxllm.text.constraints import subschemas
 from jaxllm.text.grammar import GrammarCompiler, GrammarMatcher, fill_masks
@@ -208,6 +208,10 @@ def test_options_of_json() -> None:
     for text, fits in (('{"a": [1, "x"]}', True), ("[]", False), ('"a"', False), ('{"a": }', False)):
         assert takes(matcher(json_object=True), text) == fits
     assert not takes(matcher(json_object=True, disable_any_whitespace=True), '{"a": 1}')
+    strict = GrammarCompiler(
+        tokenizer(), VOCAB_SIZE, EOS, StructuredOutputsConfig(disable_any_whitespace=True)
+    ).compile(StructuredOutputsParams(json=schema))
+    assert takes(strict.fork(), compact) and not takes(strict.fork(), spaced)
 
 
 @pytest.mark.parametrize(
@@ -365,34 +369,32 @@ def test_the_same_grammar_is_compiled_once_however_many_ask() -> None:
 
 
 def test_who_waits_for_a_grammar_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grammar_module, "COMPILE_SECONDS", 0.3)
+    monkeypatch.setattr(grammar_module, "COMPILE_SECONDS", 0.8)
     own = GrammarCompiler(tokenizer(), VOCAB_SIZE, EOS)
     release = threading.Event()
     inner = own._compile
     slow = StructuredOutputsParams(regex="slow")
 
     def compile_(params: StructuredOutputsParams) -> GrammarMatcher:
-        if params is slow:
+        if params.regex == slow.regex:
             release.wait(10)
         return inner(params)
 
     own._compile = compile_  # type: ignore[method-assign]
 
-    async def main() -> float:
+    async def main() -> None:
         waiting = asyncio.create_task(own.wait(slow))
-        start = time.monotonic()
         await own.wait(StructuredOutputsParams(regex="quick"))
-        took = time.monotonic() - start
-        with pytest.raises(InvalidRequestError, match=r"regex .* takes more than 0 s to compile"):
+        assert not waiting.done()
+        with pytest.raises(InvalidRequestError, match=r"regex .* takes more than 1 s to compile"):
             await waiting
         with pytest.raises(InvalidRequestError, match="takes more than"):
             own.compile(slow)
         release.set()
         await own.wait(slow)
         own.compile(slow)
-        return took
 
-    assert asyncio.run(main()) < 0.25
+    asyncio.run(main())
 
 
 BOMBS: dict[str, dict[str, Any]] = {
@@ -421,21 +423,21 @@ BOMBS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_bombs_are_bounded(name: str) -> None:
-    """Whatever is asked: compiled or refused within seconds, and no mask takes long, or fails for good."""
-    start = time.monotonic()
+    """Compiled or refused within seconds of processor time, and no mask takes long, or fails for good."""
+    start = time.process_time()
     try:
         one = compiler().compile(StructuredOutputsParams(**BOMBS[name])).fork()
     except InvalidRequestError:
         one = None
-    assert time.monotonic() - start < 8
+    assert time.process_time() - start < 8
     if one is None:
         return
     rng = random.Random(0)
     slowest = 0.0
     for _ in range(60):
-        start = time.monotonic()
+        start = time.process_time()
         tokens = allowed(one)
-        slowest = max(slowest, time.monotonic() - start)
+        slowest = max(slowest, time.process_time() - start)
         if one.accept(rng.choice(tokens)) is not None or one.is_complete:
             break
     assert slowest < 0.5
