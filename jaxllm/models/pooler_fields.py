@@ -152,8 +152,8 @@ def _trained_length(config: ModelConfig, path: Path) -> int:
     settings = _read_json(path / "sentence_bert_config.json") or {}
     if settings.get("do_lower_case"):
         raise UnsupportedModelError(
-            f"{path / 'sentence_bert_config.json'} has do_lower_case, which is not served; where the tokenizer "
-            "lowers its texts by itself, set it to false."
+            f"{path / 'sentence_bert_config.json'} has do_lower_case, which is not served; where the "
+            "tokenizer lowers its texts by itself, set it to false."
         )
     length = settings.get("max_seq_length")
     if not isinstance(length, int) or isinstance(length, bool) or length < 1:

@@ -162,8 +162,8 @@ def _add_generation_routes(app: FastAPI, state: ServerState) -> None:
         return await create_response(state, store, body, http)
 
     @app.get("/v1/responses/{response_id}")
-    async def response(response_id: str) -> Response:
-        return await retrieve_response(store, response_id)
+    async def response(response_id: str, http: Request) -> Response:
+        return await retrieve_response(store, response_id, http.query_params)
 
     @app.delete("/v1/responses/{response_id}")
     async def forget_response(response_id: str) -> Response:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -149,8 +149,13 @@ async def create_response(
         writer.leave()
 
 
-async def retrieve_response(store: ResponseStore, response_id: str) -> Response:
+async def retrieve_response(store: ResponseStore, response_id: str, query: Mapping[str, str]) -> Response:
     """A response as it is now."""
+    for name in query:
+        raise InvalidRequestError(
+            f"Parameter '{name}' is not supported: a response is fetched as it is, and fetched again.",
+            param=name,
+        )
     return _json(store.get(response_id).read())
 
 

@@ -153,6 +153,8 @@ def test_the_store_is_bounded_and_forgets_on_demand(chatty: Api) -> None:
 
     async def ask(client: openai.AsyncOpenAI) -> tuple[Any, ...]:
         kept = await client.responses.retrieve(ids[3])
+        with pytest.raises(openai.BadRequestError, match="stream"):
+            await client.responses.retrieve(ids[3], stream=True)
         with pytest.raises(openai.NotFoundError, match="newest 3"):
             await client.responses.retrieve(ids[0])
         await client.responses.delete(ids[3])
