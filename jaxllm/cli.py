@@ -17,6 +17,7 @@ COMMANDS = {
     "simulate": ("serve simulated traffic under scheduling policies, and compare", "jaxllm.simulate"),
     "replay": ("look at a schedule that a server recorded", "jaxllm.replay.__main__"),
     "run-batch": ("answer a file of requests in OpenAI's batch format", "jaxllm.run_batch"),
+    "plan": ("what each device would hold of a model", "jaxllm.plan"),
     "collect-env": ("describe this machine for a report of a problem", "jaxllm.collect_env"),
 }
 

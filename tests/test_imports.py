@@ -22,7 +22,7 @@ LEVELS: list[set[str]] = [
     {"jaxllm.chat", "jaxllm.complete", "jaxllm.run_batch", "jaxllm.collect_env"},
     {"jaxllm.terminal"},
     {"jaxllm.serve", "jaxllm.replay"},
-    {"jaxllm.llm", "jaxllm.async_engine", "jaxllm.convert", "jaxllm.simulate"},
+    {"jaxllm.llm", "jaxllm.async_engine", "jaxllm.convert", "jaxllm.plan", "jaxllm.simulate"},
     {"jaxllm.beam_search", "jaxllm.pooling_methods"},
     {"jaxllm.engine", "jaxllm.scoring"},
     {"jaxllm.pooling_processor"},

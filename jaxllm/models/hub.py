@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ ALLOW_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.t
 IGNORE_PATTERNS = ("original/**", "consolidated*.safetensors", "*.onnx*", "onnx/**", "openvino/**")
 
 
-def resolve_model(name: str, revision: str | None = None, download_dir: str | None = None) -> Path:
+def resolve_model(
+    name: str, revision: str | None = None, download_dir: str | None = None, *, config_only: bool = False
+) -> Path:
     """The directory of a model.
 
     Args:
@@ -24,6 +27,7 @@ def resolve_model(name: str, revision: str | None = None, download_dir: str | No
             downloaded, or taken from the cache where the hub cannot be reached.
         revision: branch, tag or commit on the hub; None is the main branch.
         download_dir: where downloads are kept; None is the hub library's own cache.
+        config_only: of a model on the hub, nothing but its `config.json` is downloaded.
 
     Raises:
         ModelNotFoundError: there is no such model, or what is there is not a model's directory.
@@ -41,7 +45,8 @@ def resolve_model(name: str, revision: str | None = None, download_dir: str | No
             "holds the "
             f"model's {CONFIG_FILE}, or a hub name such as 'Qwen/Qwen3-0.6B'"
         )
-    return _checked_directory(_download(name, revision, download_dir))
+    patterns = (CONFIG_FILE,) if config_only else ALLOW_PATTERNS
+    return _checked_directory(_download(name, revision, download_dir, patterns))
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -50,9 +55,14 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         ModelNotFoundError: it is missing, or not a JSON object.
     """
-    config = _read_json(path / CONFIG_FILE)
+    return read_config_file(path / CONFIG_FILE)
+
+
+def read_config_file(file: Path) -> dict[str, Any]:
+    """The same by the file's own path."""
+    config = _read_json(file)
     if config is None:
-        raise ModelNotFoundError(f"{path} holds no {CONFIG_FILE}; is it the model's directory?")
+        raise ModelNotFoundError(f"{file.parent} holds no {file.name}; is it the model's directory?")
     return config
 
 
@@ -96,7 +106,7 @@ def _checked_directory(path: Path) -> Path:
     return path
 
 
-def _download(name: str, revision: str | None, download_dir: str | None) -> Path:
+def _download(name: str, revision: str | None, download_dir: str | None, patterns: Sequence[str]) -> Path:
     # These take a tenth of a second to import, and a local directory does not need them.
     import httpx
     from huggingface_hub import constants, snapshot_download
@@ -118,7 +128,7 @@ def _download(name: str, revision: str | None, download_dir: str | None) -> Path
                 name,
                 revision=revision,
                 cache_dir=download_dir,
-                allow_patterns=list(ALLOW_PATTERNS),
+                allow_patterns=list(patterns),
                 ignore_patterns=list(IGNORE_PATTERNS),
             )
         )

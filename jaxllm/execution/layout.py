@@ -1,0 +1,146 @@
+"""How a model would lie on a mesh of devices that need not be there: from shapes alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh
+
+from jaxllm.config import EngineConfig
+from jaxllm.execution.memory import page_bytes, step_bytes
+from jaxllm.models.config import ModelConfig
+from jaxllm.models.decoder import Decoder, DecoderForm
+from jaxllm.models.fitting import shard_of, shard_specs
+from sharding import DEFAULT_RULES, MESH_AXES, names_of
+
+
+@dataclass(frozen=True, slots=True)
+class ArrayLayout:
+    """An array, those of all layers stacked, and what of it one device holds.
+
+    Attributes:
+        axes: logical axis of each dimension.
+        split: the mesh axes that share each dimension, () where every device has it whole.
+        device_shape: on a device of the stage with most layers.
+    """
+
+    name: str
+    axes: tuple[str | None, ...]
+    split: tuple[tuple[str, ...], ...]
+    shape: tuple[int, ...]
+    device_shape: tuple[int, ...]
+    itemsize: int
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.itemsize
+
+    @property
+    def device_bytes(self) -> int:
+        return math.prod(self.device_shape) * self.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A model on a mesh.
+
+    Attributes:
+        model: as it is; fitted: with the KV heads and vocabulary that the mesh splits.
+        tensor, pipe: sizes of the mesh axes.
+        arrays: every parameter.
+        step_bytes: what the largest step takes of a device besides weights and cache, from above.
+        page_bytes: of one page, on one device.
+        memory: bytes of a device that may be used.
+        num_pages: that fit into what weights and step leave, negative where they do not fit themselves.
+        page_size, max_model_len: tokens.
+    """
+
+    model: ModelConfig
+    fitted: ModelConfig
+    tensor: int
+    pipe: int
+    arrays: tuple[ArrayLayout, ...]
+    step_bytes: int
+    page_bytes: int
+    memory: int
+    num_pages: int
+    page_size: int
+    max_model_len: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all weights, each once."""
+        return sum(array.num_bytes for array in self.arrays)
+
+    @property
+    def device_bytes(self) -> int:
+        """Of the weights that one device holds."""
+        return sum(array.device_bytes for array in self.arrays)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Left for the KV cache on a device; negative where weights and step do not fit."""
+        return self.memory - self.device_bytes - self.step_bytes
+
+    @property
+    def num_tokens(self) -> int:
+        """That the KV cache holds."""
+        return max(self.num_pages, 0) * self.page_size
+
+    @property
+    def concurrency(self) -> float:
+        """Requests of max_model_len tokens that the cache holds at once."""
+        return self.num_tokens / self.max_model_len
+
+    def layers_of(self, stage: int) -> range:
+        """The layers of a pipeline stage; the first stages have one more where they do not divide."""
+        count, more = divmod(self.model.num_layers, self.pipe)
+        first = stage * count + min(stage, more)
+        return range(first, first + count + (stage < more))
+
+
+def lay_out(
+    config: EngineConfig, model: ModelConfig, *, tensor: int, pipe: int, device_memory: float
+) -> Layout:
+    """The layout of a model on `pipe x tensor` devices.
+
+    Args:
+        config: its dtype and limits must be set.
+        device_memory: bytes of one device, of which gpu_memory_utilization may be used.
+
+    Raises:
+        ConfigError: a size does not divide by the shards it is split into; with both and the array's name.
+    """
+    dtype = jnp.dtype(config.dtype)
+    mesh = AbstractMesh((1, pipe, tensor), MESH_AXES)
+    decoder = Decoder(model, DecoderForm(dtype, False, True, "xla", mesh))
+    specs = decoder.parameter_specs()
+    shards = shard_specs(specs, mesh)
+    arrays = []
+    for name, spec in specs.items():
+        axes, shape, part = spec.axes, spec.shape, shards[name].shape
+        if spec.num_layers is not None:
+            axes, shape = ("layers", *axes), (spec.num_layers, *shape)
+            part = (shards[name].num_layers or 0, *part)
+        split = tuple(names_of(None if axis is None else DEFAULT_RULES[axis]) for axis in axes)
+        split = tuple(tuple(a for a in names if mesh.shape[a] > 1) for names in split)
+        arrays.append(ArrayLayout(name, axes, split, shape, part, dtype.itemsize))
+    shard = shard_of(decoder.fitted, tensor, pipe)
+    page, step = page_bytes(shard, config.block_size, dtype), step_bytes(config, shard, dtype)
+    memory = int(device_memory * config.gpu_memory_utilization)
+    left = memory - step - sum(array.device_bytes for array in arrays)
+    return Layout(
+        model=model,
+        fitted=decoder.fitted,
+        tensor=tensor,
+        pipe=pipe,
+        arrays=tuple(arrays),
+        step_bytes=step,
+        page_bytes=page,
+        memory=memory,
+        num_pages=left // page - 1,  # the null page holds nothing
+        page_size=config.block_size,
+        max_model_len=config.max_model_len or model.max_position_embeddings,
+    )

@@ -1,0 +1,291 @@
+"""`python -m jaxllm.plan MODEL`: what each device would hold of a model, before there is any device.
+
+    python -m jaxllm.plan Qwen/Qwen3-32B --tensor-parallel-size 8 --device v6e
+
+Reads `config.json` and nothing else: a file, a directory, or a name on the hub. Prints each array with its
+global and per-device shape and bytes, then what is left for the KV cache and how many tokens that holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from jaxllm.config import EngineConfig
+from jaxllm.errors import ConfigError, JaxLLMError
+from jaxllm.execution.layout import Layout, lay_out
+from jaxllm.models.config import ModelConfig
+from jaxllm.models.families import translate_config
+from jaxllm.models.hub import read_config, read_config_file, resolve_model
+from jaxllm.models.loader import DTYPES
+from jaxllm.scheduling.simulator import DEVICES
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def read_model(name: str, revision: str | None, overrides: dict[str, Any]) -> ModelConfig:
+    """A model from its `config.json`: that file, a directory with one, "demo", or a name on the hub."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        return translate_config(read_config_file(path), overrides)
+    return translate_config(read_config(resolve_model(name, revision, config_only=True)), overrides)
+
+
+def plan(options: argparse.Namespace) -> Layout:
+    """The layout that the command line asks for.
+
+    Raises:
+        ConfigError: the mesh cannot split the model, or there are more stages than layers.
+        JaxLLMError: the model cannot be read, or is of a family that is not served.
+    """
+    model = read_model(options.model, options.revision, options.hf_overrides)
+    if options.pipeline_parallel_size > model.num_layers:
+        raise ConfigError(
+            f"pipeline_parallel_size={options.pipeline_parallel_size} is more than the {model.num_layers} "
+            "layers of the model; give at most so many stages.",
+            param="pipeline_parallel_size",
+        )
+    dtype = model.dtype if options.dtype == "auto" else options.dtype
+    config = EngineConfig(
+        dtype=dtype,
+        max_model_len=options.max_model_len or model.max_position_embeddings,
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        block_size=options.block_size,
+        gpu_memory_utilization=options.gpu_memory_utilization,
+    )
+    return lay_out(
+        config,
+        model,
+        tensor=options.tensor_parallel_size,
+        pipe=options.pipeline_parallel_size,
+        device_memory=DEVICES[options.device].memory,
+    )
+
+
+def as_dict(layout: Layout) -> dict[str, Any]:
+    """All of a layout, for `--json`."""
+    arrays = [
+        dataclasses.asdict(array) | {"bytes": array.num_bytes, "device_bytes": array.device_bytes}
+        for array in layout.arrays
+    ]
+    return {
+        "architecture": layout.model.architecture,
+        "mesh": {"pipe": layout.pipe, "tensor": layout.tensor},
+        "stages": [[layout.layers_of(s).start, layout.layers_of(s).stop] for s in range(layout.pipe)],
+        "kv_heads": layout.model.num_kv_heads,
+        "kv_heads_with_copies": layout.fitted.num_kv_heads,
+        "vocabulary": layout.model.vocab_size,
+        "vocabulary_filled_up": layout.fitted.vocab_size,
+        "arrays": arrays,
+        "weight_bytes": layout.num_bytes,
+        "per_device": {
+            "usable_bytes": layout.memory,
+            "weight_bytes": layout.device_bytes,
+            "step_bytes": layout.step_bytes,
+            "kv_cache_bytes": layout.cache_bytes,
+            "page_bytes": layout.page_bytes,
+        },
+        "kv_cache_tokens": layout.num_tokens,
+        "max_model_len": layout.max_model_len,
+        "concurrency": layout.concurrency,
+    }
+
+
+def print_layout(layout: Layout, title: str) -> None:
+    """The table of arrays, and what comes to a device."""
+    table = Table(title=title, title_justify="left")
+    for name in ("array", "shape", "split over", "per device", "bytes", "per device"):
+        table.add_column(name, no_wrap=True)
+    for array in layout.arrays:
+        over = ", ".join(
+            f"{axis} by {' x '.join(names)}"
+            for axis, names in zip(array.axes, array.split, strict=True)
+            if names
+        )
+        table.add_row(
+            array.name,
+            _shape(array.shape),
+            over or "-",
+            _shape(array.device_shape),
+            _size(array.num_bytes),
+            _size(array.device_bytes),
+        )
+    table.add_section()
+    model, shard = layout.fitted, layout.fitted.num_kv_heads // layout.tensor
+    pages = max(layout.num_pages, 0) + 1
+    table.add_row(
+        "KV cache",
+        _shape((model.num_layers, pages, layout.page_size, 2 * model.num_kv_heads, model.head_dim)),
+        "layers by pipe, kv_heads by tensor" if layout.pipe > 1 else "kv_heads by tensor",
+        _shape((len(layout.layers_of(0)), pages, layout.page_size, 2 * shard, model.head_dim)),
+        _size(pages * layout.page_bytes * layout.tensor * layout.pipe),
+        _size(pages * layout.page_bytes),
+    )
+    console = Console()
+    (console if console.is_terminal else Console(width=180)).print(table)
+    print(f"weights      {_size(layout.device_bytes)} a device, {_size(layout.num_bytes)} in all")
+    print(f"a step       {_size(layout.step_bytes)} a device at most (estimate)")
+    print(f"KV cache     {_size(max(layout.cache_bytes, 0))} of {_size(layout.memory)} usable a device")
+    print(f"tokens       {layout.num_tokens:,} in {max(layout.num_pages, 0):,} pages of {layout.page_size}")
+    print(f"concurrency  {layout.concurrency:.2f} requests of {layout.max_model_len:,} tokens")
+    if layout.fitted.num_kv_heads > layout.model.num_kv_heads:
+        copies = layout.fitted.num_kv_heads // layout.model.num_kv_heads
+        print(f"note         each of {layout.model.num_kv_heads} KV heads is kept {copies} times")
+    if layout.pipe > 1:
+        print("note         pipeline parallelism is planned here, and not served yet")
+
+
+def check_memory(layout: Layout, device: str) -> None:
+    """Refuses a layout that does not fit.
+
+    Raises:
+        ConfigError: weights and a step leave no room for one request of max_model_len tokens.
+    """
+    if layout.concurrency < 1:
+        raise ConfigError(
+            f"a {device} has {_size(layout.memory)} to use; weights take {_size(layout.device_bytes)}, a "
+            f"step {_size(layout.step_bytes)}, and the rest holds {layout.num_tokens:,} tokens, less than "
+            f"max_model_len={layout.max_model_len:,}. Raise --tensor-parallel-size, or lower --max-model-len "
+            "or --max-num-batched-tokens.",
+            param="tensor_parallel_size",
+        )
+
+
+def draw(layout: Layout, title: str) -> Figure:
+    """The mesh and who holds what, and how a device's memory is used."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(
+        figsize=(max(8.0, 1.7 * layout.tensor + 1), 2.2 + 1.3 * layout.pipe), layout="constrained"
+    )
+    mesh, memory = figure.subplots(2, 1, height_ratios=(1.3 * layout.pipe, 1))
+    heads, inner = (
+        layout.fitted.num_kv_heads // layout.tensor,
+        layout.fitted.intermediate_size // layout.tensor,
+    )
+    rows = layout.fitted.vocab_size // (layout.tensor * layout.pipe)
+    copies = layout.fitted.num_kv_heads // layout.model.num_kv_heads
+    for stage in range(layout.pipe):
+        layers = layout.layers_of(stage)
+        for shard in range(layout.tensor):
+            first, last = shard * heads // copies, (shard * heads + heads - 1) // copies
+            begin = (stage * layout.tensor + shard) * rows
+            text = (
+                f"layers {layers.start}-{layers.stop - 1}\nKV heads {first}-{last}\n"
+                f"MLP {shard * inner}-{(shard + 1) * inner - 1}\nvocab {begin}-{begin + rows - 1}"
+            )
+            colour = f"C{shard % 10}"
+            mesh.add_patch(_rectangle(shard, stage, colour, alpha=1 - 0.6 * stage / layout.pipe))
+            mesh.text(shard + 0.5, stage + 0.5, text, ha="center", va="center", fontsize=8)
+    mesh.set(xlim=(0, layout.tensor), ylim=(layout.pipe, 0), xlabel="tensor", ylabel="pipe", title=title)
+    mesh.set_xticks([i + 0.5 for i in range(layout.tensor)], [str(i) for i in range(layout.tensor)])
+    mesh.set_yticks([i + 0.5 for i in range(layout.pipe)], [str(i) for i in range(layout.pipe)])
+    left = 0.0
+    parts = {"weights": layout.device_bytes, "a step": layout.step_bytes, "KV cache": layout.cache_bytes}
+    for name, size in parts.items():
+        memory.barh(0, max(size, 0) / 2**30, left=left, label=f"{name} {_size(max(size, 0))}")
+        left += max(size, 0) / 2**30
+    memory.axvline(layout.memory / 2**30, color="black", linestyle=":")
+    memory.set(yticks=[], xlabel="GiB of a device")
+    memory.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.45), frameon=False)
+    return figure
+
+
+def _rectangle(x: int, y: int, colour: str, alpha: float) -> Any:
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((x, y), 1, 1, facecolor=colour, edgecolor="white", alpha=0.35 * alpha + 0.1)
+
+
+def _shape(sizes: tuple[int, ...]) -> str:
+    return " x ".join(map(str, sizes))
+
+
+def _size(size: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if abs(size) < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"
+
+
+def make_parser(program: str) -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description="What each device would hold of a model, from its config.json alone.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="config.json, a directory, or a hub name; no weights are read")
+    add("--tensor-parallel-size", "-tp", type=_positive, default=1, metavar="N", help="devices to a layer")
+    add("--pipeline-parallel-size", "-pp", type=_positive, default=1, metavar="N", help="stages")
+    add("--device", choices=list(DEVICES), default="h200")
+    add("--dtype", choices=["auto", *DTYPES], default="auto", help="of weights and cache")
+    add("--revision", metavar="NAME", help="of a model on the hub")
+    add("--hf-overrides", type=json.loads, default={}, metavar="JSON", help="fields of config.json")
+    add("--max-model-len", type=_positive, metavar="N", help="default: the model's positions")
+    add("--max-num-seqs", type=_positive, default=256, metavar="N")
+    add("--max-num-batched-tokens", type=_positive, default=8192, metavar="N")
+    add("--block-size", type=_positive, default=16, metavar="N")
+    add("--gpu-memory-utilization", type=_fraction, default=0.92, metavar="F")
+    add("--json", type=Path, metavar="FILE", help="write everything to this file")
+    add("--plot", type=Path, metavar="FILE", help="draw the mesh and who holds what")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return value
+
+
+def _fraction(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} must be above 0 and at most 1")
+    return value
+
+
+def main(argv: Sequence[str] | None = None, program: str = "python -m jaxllm.plan") -> int:
+    """Runs the command line; returns the exit status."""
+    parser = make_parser(program)
+    options = parser.parse_args(argv)
+    if not isinstance(options.hf_overrides, dict):
+        parser.error("argument --hf-overrides: it must be a JSON object")
+    title = (
+        f"{options.model}: {options.pipeline_parallel_size} x {options.tensor_parallel_size} "
+        f"{options.device} (pipe x tensor)"
+    )
+    try:
+        layout = plan(options)
+        print_layout(layout, title)
+        if options.json is not None:
+            options.json.write_text(json.dumps(as_dict(layout), indent=2) + "\n")
+        if options.plot is not None:
+            try:
+                draw(layout, title).savefig(options.plot, dpi=120)
+            except ImportError as error:
+                raise ConfigError(
+                    f"a picture needs matplotlib ({error}): pip install 'jaxllm[plots]'"
+                ) from error
+        check_memory(layout, options.device)
+    except (JaxLLMError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

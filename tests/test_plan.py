@@ -1,0 +1,139 @@
+"""What each device would hold, against arithmetic by hand and the shardings that an engine compiles for."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractMesh
+
+from benchmarks.shapes import SHAPES
+from jaxllm.config import EngineConfig
+from jaxllm.execution.abstract import abstract_cache, abstract_parameters
+from jaxllm.execution.layout import Layout, lay_out
+from jaxllm.models.decoder import Decoder, DecoderForm
+from jaxllm.models.families import translate_config
+from jaxllm.plan import main
+from sharding import MESH_AXES
+from tests.parity.cases import CASES
+
+ROOT = Path(__file__).parent.parent
+GIB = 2**30
+
+
+def layout_of(name: str, tensor: int = 1, pipe: int = 1, **settings: Any) -> Layout:
+    model = translate_config(SHAPES[name])
+    defaults = {
+        "dtype": "bfloat16",
+        "max_model_len": 8192,
+        "max_num_seqs": 64,
+        "max_num_batched_tokens": 2048,
+    }
+    config = EngineConfig(**{**defaults, **settings})
+    return lay_out(config, model, tensor=tensor, pipe=pipe, device_memory=32e9)
+
+
+def write_config(path: Path, name: str, **changes: Any) -> str:
+    path.write_text(json.dumps({**SHAPES[name], **changes}))
+    return str(path)
+
+
+def test_llama_70b_on_eight_devices_by_hand() -> None:
+    layout = layout_of("llama-3.1-70b", tensor=8)
+    split = 80 * (2 * 64 * 128 * 8192 + 2 * 8 * 128 * 8192 + 3 * 28672 * 8192) + 2 * 129024 * 8192
+    whole = (2 * 80 + 1) * 8192
+    assert layout.num_bytes == 2 * (split + whole)
+    assert layout.device_bytes == 2 * (split // 8 + whole)
+    assert layout.page_bytes == 80 * 16 * 2 * 128 * 2
+    assert layout.memory == int(32e9 * 0.92)
+    pages = (layout.memory - layout.device_bytes - layout.step_bytes) // layout.page_bytes
+    assert layout.num_tokens == (pages - 1) * 16  # the null page
+    assert layout.concurrency == layout.num_tokens / 8192
+
+
+@pytest.mark.parametrize(("tensor", "pipe"), [(1, 1), (2, 1), (16, 1), (4, 2), (8, 4)])
+@pytest.mark.parametrize("name", ["llama-3.1-70b", "qwen3-30b-a3b"])
+def test_shapes_are_those_that_an_engine_compiles_for(name: str, tensor: int, pipe: int) -> None:
+    model = translate_config(SHAPES[name])
+    mesh = AbstractMesh((1, pipe, tensor), MESH_AXES)
+    decoder = Decoder(model, DecoderForm(jnp.dtype("bfloat16"), False, True, "xla", mesh))
+    arrays = abstract_parameters(decoder)
+    layout = layout_of(name, tensor, pipe)
+    assert {array.name for array in layout.arrays} == arrays.keys()
+    for array in layout.arrays:
+        assert array.shape == arrays[array.name].shape
+        assert array.device_shape == arrays[array.name].sharding.shard_shape(array.shape), array.name
+    cache = abstract_cache(decoder, 10, 16)
+    per_device = jax.ShapeDtypeStruct(cache.sharding.shard_shape(cache.shape), cache.dtype)
+    assert layout.page_bytes == per_device.size * 2 // 10
+
+
+def test_stages_share_the_layers_as_evenly_as_they_can() -> None:
+    layout = layout_of("llama-3.2-1b", pipe=3)
+    assert [list(layout.layers_of(stage)) for stage in range(3)] == [
+        list(range(6)), list(range(6, 11)), list(range(11, 16)),
+    ]  # fmt: skip
+    down = next(array for array in layout.arrays if array.name == "layers.mlp.down.weight")
+    assert (down.shape[0], down.device_shape[0]) == (16, 6)
+
+
+def test_no_device_is_touched_and_no_weight_is_read(tmp_path: Path) -> None:
+    model = write_config(tmp_path / "config.json", "llama-3.1-70b")
+    code = (
+        "import sys, jax\nfrom jax._src import xla_bridge\nfrom jaxllm.plan import main\n"
+        "assert main(sys.argv[1:]) == 0\nassert not xla_bridge.backends_are_initialized()"
+    )
+    command = [sys.executable, "-c", code, model, "-tp", "8", "--device", "v6e", "--max-model-len", "8192"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "layers.mlp.down.weight" in result.stdout
+    assert "80 x 8192 x 3584" in result.stdout
+
+
+def test_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_config(tmp_path / "config.json", "qwen3-8b")
+    arguments = [str(tmp_path), "-tp", "16", "-pp", "2", "--max-model-len", "4096"]
+    paths = ["--json", str(tmp_path / "out.json"), "--plot", str(tmp_path / "out.png")]
+    assert main([*arguments, *paths]) == 0
+    printed = capsys.readouterr().out
+    assert "each of 8 KV heads is kept 2 times" in printed
+    assert "not served yet" in printed
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert written["stages"] == [[0, 18], [18, 36]]
+    assert written["per_device"]["weight_bytes"] == sum(a["device_bytes"] for a in written["arrays"])
+    assert (written["kv_heads"], written["kv_heads_with_copies"]) == (8, 16)
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "message"),
+    [
+        ({}, ["-tp", "3"], "'kv_heads' of size 8 does not divide by the 3 shards"),
+        ({}, ["-pp", "33"], "pipeline_parallel_size=33 is more than the 32 layers"),
+        ({}, ["--device", "v5e"], "Raise --tensor-parallel-size, or lower --max-model-len"),
+        ({"architectures": ["DeepseekV3ForCausalLM"]}, [], "architectures=['DeepseekV3ForCausalLM']"),
+    ],
+)
+def test_what_cannot_be_is_an_error(
+    changes: dict[str, Any],
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = write_config(tmp_path / "config.json", "llama-3.1-8b", **changes)
+    assert main([model, *arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["opt", "gpt2", "qwen2-moe", "mixtral"])
+def test_every_family_has_a_plan(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(dict(CASES[name].config)))
+    assert main([str(tmp_path), "--max-num-seqs", "8"]) == 0
+    assert "concurrency" in capsys.readouterr().out
