@@ -171,7 +171,7 @@ def test_the_machine_without_its_secrets(
 
 
 @pytest.mark.parametrize(
-    "command", ["serve", "chat", "complete", "simulate", "replay", "run-batch", "collect-env"]
+    "command", ["serve", "chat", "complete", "simulate", "replay", "run-batch", "plan", "collect-env"]
 )
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
