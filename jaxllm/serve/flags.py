@@ -129,7 +129,7 @@ HELP = {
     "pipeline_parallel_size": "devices that share the layers",
     "data_parallel_size": "replicas of the model",
     "attention_backend": "attention kernel; chosen by platform unless given",
-    "structured_outputs_config": "what holds for all of them: disable_any_whitespace, ...",
+    "structured_outputs_config": "for every structured output: disable_any_whitespace, ...",
     "disable_log_stats": "keep no statistics",
     "allowed_methods": "methods that browsers may use",
     "allowed_headers": "headers that browsers may send",

@@ -17,6 +17,7 @@ from jaxllm import LLM, BeamSearchParams, SamplingParams, StructuredOutputsParam
 from jaxllm.errors import InvalidRequestError
 from jaxllm.outputs import CompletionOutput, RequestOutput
 from jaxllm.sampling_params import RequestOutputKind
+from jaxllm.scheduling.plan import Plan
 from tests.json_schemas import SCHEMAS
 
 PROMPTS = ["Q: What is the capital of France?\nA:", "Once upon a time", "def add(a, b):\n", "Who are you?"]
@@ -146,6 +147,28 @@ def test_who_asks_for_nothing_gets_what_they_would_have_got(llm: LLM) -> None:
                 {i: e.logprob for i, e in b.items()}, abs=1e-3
             )
     assert all(re.fullmatch("[a-z ]{40,80}", o.outputs[0].text) for o in mixed[4:])
+
+
+def test_everybody_gets_a_token_in_every_step(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that left the constrained ones out would have them run at half the speed of the others."""
+    scheduler = llm.llm_engine.scheduler
+    planned: list[set[bool]] = []
+    inner = scheduler.schedule
+
+    def schedule() -> Plan | None:
+        plan = inner()
+        if plan is not None:
+            sampling = [entry.request for entry in plan.scheduled if entry.samples]
+            planned.append({request.grammar is not None for request in sampling})
+        return plan
+
+    monkeypatch.setattr(scheduler, "schedule", schedule)
+    bound = SamplingParams(max_tokens=40, structured_outputs=StructuredOutputsParams(regex="[a-z ]{300}"))
+    free = SamplingParams(max_tokens=40, ignore_eos=True)
+    outputs = llm.generate(PROMPTS[:2] * 2, [bound, free, free, bound], use_tqdm=False)
+    assert [len(output.outputs[0].token_ids) for output in outputs] == [40] * 4
+    assert planned.count({True, False}) >= 36
+    assert len(planned) <= 48
 
 
 def test_nothing_is_compiled_for_a_grammar(llm: LLM) -> None:
