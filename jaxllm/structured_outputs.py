@@ -35,7 +35,8 @@ class StructuredOutputsParams:
         json_object: True for any JSON object.
         structural_tag: free text with parts of fixed form: JSON that says
             `{"triggers": [...], "structures": [{"begin", "schema", "end"}, ...]}`. Wherever the text runs
-            into a trigger, one of the structures that begin with it follows.
+            into a trigger, one of the structures that begin with it follows. Or xgrammar's newer
+            `{"format": {"type": "triggered_tags" | "sequence" | "tag" | ...}}`.
         disable_any_whitespace: no whitespace in the JSON but within strings.
         disable_additional_properties: objects hold only the properties that the schema lists.
         whitespace_pattern: a regex for the whitespace between the tokens of the JSON.

@@ -15,18 +15,19 @@ from llguidance.gbnf_to_lark import any_to_lark
 
 from jaxllm.structured_outputs import MAX_GRAMMAR_CHARACTERS
 
-FORMATS = (
-    "const_string",
-    "json_schema",
-    "regex",
-    "grammar",
-    "any_text",
-    "sequence",
-    "or",
-    "tag",
-    "triggered_tags",
-    "tags_with_separator",
-)
+FORMATS: dict[str, tuple[str, ...]] = {
+    "const_string": ("value",),
+    "json_schema": ("json_schema",),
+    "regex": ("pattern",),
+    "grammar": ("grammar",),
+    "any_text": (),
+    "sequence": ("elements",),
+    "or": ("elements",),
+    "tag": ("begin", "content", "end"),
+    "triggered_tags": ("triggers", "tags", "at_least_one", "stop_after_first"),
+    "tags_with_separator": ("tags", "separator", "at_least_one", "stop_after_first"),
+}
+"""Formats, and the fields that each has beside its type."""
 
 _ANY_TEXT = r"/(.|\n)*/"
 
@@ -111,6 +112,9 @@ class _Builder:
     def expression(self, spec: Any, where: str) -> str:
         """The expression of a format."""
         kind = spec.get("type") if isinstance(spec, dict) else None
+        if kind not in FORMATS:
+            raise ValueError(f"{where}.type must be one of {', '.join(FORMATS)}; got {kind!r}")
+        _check_fields(spec, kind, where)
         match kind:
             case "const_string":
                 return self._literal(_string(spec, "value", where))
@@ -141,13 +145,12 @@ class _Builder:
                 return self._tag(spec, "", where)
             case "triggered_tags":
                 return self._triggered_tags(spec, where)
-            case "tags_with_separator":
-                return self._separated_tags(spec, where)
             case _:
-                raise ValueError(f"{where}.type must be one of {', '.join(FORMATS)}; got {kind!r}")
+                return self._separated_tags(spec, where)
 
     def _tag(self, tag: Any, trigger: str, where: str) -> str:
         """Begin, content and end, without the trigger that the beginning begins with."""
+        _check_fields(tag, "tag", where)
         begin, end = _string(tag, "begin", where), _string(tag, "end", where)
         content = _field(tag, "content", where)
         begin = self._literal(begin.removeprefix(trigger))
@@ -181,6 +184,15 @@ class _Builder:
         at_least_one, only_one = _flags(spec, where)
         several = tag if only_one else f"{tag} ({separator} {tag})*"
         return f"({several})" if at_least_one else f"({several})?"
+
+
+def _check_fields(spec: Any, kind: str, where: str) -> None:
+    """Refuse fields that a format does not have; what is missing is found when it is read."""
+    unknown = sorted(spec.keys() - {"type", *FORMATS[kind]}) if isinstance(spec, dict) else []
+    if unknown:
+        raise ValueError(
+            f"{where} holds {', '.join(unknown)}; {kind} has {', '.join(FORMATS[kind]) or 'nothing'}"
+        )
 
 
 def _field(spec: Any, name: str, where: str) -> Any:

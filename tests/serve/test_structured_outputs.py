@@ -147,17 +147,6 @@ def test_any_object(demo: Api) -> None:
     assert choice["finish_reason"] == "length" or isinstance(json.loads(choice["message"]["content"]), dict)
 
 
-def test_legacy_structural_tags(demo: Api) -> None:
-    tag = {
-        "type": "structural_tag",
-        "triggers": ["<f"],
-        "structures": [{"begin": "<f=a>", "schema": {"const": 1}, "end": "</f>"}],
-    }
-    text = demo.complete("x", response_format=tag, max_tokens=200, seed=5)["choices"][0]["text"]
-    for call in text.split("<f")[1:-1]:
-        assert call.startswith("=a>1</f>")
-
-
 # What is refused, and how
 
 
@@ -231,6 +220,10 @@ def test_fields_become_parameters() -> None:
     assert of() is None
     assert of(response_format={"type": "text"}) is None
     assert of(response_format={"type": "json_object"}) == StructuredOutputsParams(json_object=True)
+    older = {"triggers": ["<f"], "structures": [{"begin": "<f>", "schema": SCHEMA, "end": "</f>"}]}
+    assert of(response_format={"type": "structural_tag", **older}) == StructuredOutputsParams(
+        structural_tag=older
+    )
     assert of(**field(SCHEMA)) == StructuredOutputsParams(json=SCHEMA)
     assert of(structured_outputs={"choice": ["a"]}) == StructuredOutputsParams(choice=["a"])
     body = ChatCompletionRequest.model_validate({"messages": QUESTION, "guided_json": SCHEMA})
