@@ -118,6 +118,7 @@ class EngineConfig:
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     data_parallel_size: int = 1
+    enable_expert_parallel: bool = False
     attention_backend: str | None = None
     structured_outputs_config: dict[str, Any] = field(default_factory=dict)
     forbid_recompile: bool = False
@@ -187,7 +188,6 @@ NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "cpu_offload_gb": (),
     "kv_offloading_size": (),
     "kv_transfer_config": (),
-    "enable_expert_parallel": (),
     "enable_prompt_embeds": (),
     "limit_mm_per_prompt": (),
     "mm_processor_kwargs": (),

@@ -13,11 +13,12 @@ Rules = Mapping[str, MeshAxes]
 
 # Logical axis -> mesh axis (or axes, the outermost first) that splits it; None is held whole by every
 # device. Megatron's split (Shoeybi et al. 2019, section 3): attention by heads, the MLP by its inner
-# width, the vocabulary by rows; the residual stream ("embed") is whole everywhere. Every device has a
-# part of each expert. Pipeline stages share the vocabulary, too, so that none holds more than the others.
+# width, the vocabulary by rows; the residual stream ("embed") is whole everywhere. Experts are split by
+# their inner width, too, or with expert parallelism by their number. Pipeline stages share the
+# vocabulary, so that none holds more than the others.
 DEFAULT_RULES: Rules = {
     "embed": None,
-    "experts": None,
+    "experts": "tensor",
     "kv_heads": "tensor",
     "layers": "pipe",
     "mlp": "tensor",

@@ -46,10 +46,11 @@ def build_runner(
         attention_backend=choose_backend(config.attention_backend, platform.name),
         # One device needs no mesh, and its steps are compiled without one.
         mesh=mesh if mesh.size > 1 else None,
+        expert_parallel=config.enable_expert_parallel,
     )
     decoder = Decoder(model, form)
     specs = decoder.parameter_specs()
-    shard = shard_of(decoder.fitted, mesh.shape["tensor"])
+    shard = shard_of(decoder.fitted, mesh.shape["tensor"], expert_parallel=config.enable_expert_parallel)
     num_pages = num_kv_pages(config, shard, form.dtype, shard_specs(specs, mesh), list(mesh.devices.flat))
     runner = (Runner if model.pooler is None else PoolingRunner)(
         decoder,

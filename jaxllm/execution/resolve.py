@@ -37,6 +37,11 @@ def resolve(config: EngineConfig, model: ModelConfig, platform: Platform) -> Eng
                 f"{name}={getattr(config, name)} is not supported yet; leave it at 1. Devices share a "
                 "model by tensor_parallel_size."
             )
+    if config.enable_expert_parallel and model.moe is None:
+        raise ConfigError(
+            f"enable_expert_parallel=True, and {model.architecture} has no experts; leave it out.",
+            param="enable_expert_parallel",
+        )
     for name in _COUNTS:
         if getattr(config, name) is not None:
             _at_least_one(name, getattr(config, name))

@@ -51,12 +51,17 @@ def _matrices(weight: jax.Array) -> jax.Array:
 
 
 class Experts(nnx.Module):
-    """The gated MLPs of all experts."""
+    """The gated MLPs of all experts.
 
-    def __init__(self, config: ModelConfig, moe: MoEConfig, dtype: jnp.dtype) -> None:
+    Args:
+        whole: where devices share them, each has some of them whole, rather than a part of each.
+    """
+
+    def __init__(self, config: ModelConfig, moe: MoEConfig, dtype: jnp.dtype, *, whole: bool) -> None:
         experts, inner, hidden = moe.num_experts, moe.intermediate_size, config.hidden_size
-        self.gate_up = GroupedLinear((2, experts, hidden, inner), (None, "experts", "embed", "mlp"), dtype)
-        self.down = GroupedLinear((experts, inner, hidden), ("experts", "mlp", "embed"), dtype)
+        number, width = ("experts", None) if whole else (None, "mlp")
+        self.gate_up = GroupedLinear((2, experts, hidden, inner), (None, number, "embed", width), dtype)
+        self.down = GroupedLinear((experts, inner, hidden), (number, width, "embed"), dtype)
         self.activation = config.activation
 
     def __call__(self, rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
@@ -68,8 +73,12 @@ class Experts(nnx.Module):
 class MoE(nnx.Module):
     """The weighted sum of the experts that a token takes, and of a shared one where the family has it.
 
+    Devices that share the experts all have all tokens, so that no token is sent anywhere: each device
+    computes what its experts, or its part of every expert, have to say, and the sum over devices is all.
+
     Args:
-        split_over: mesh axes that share every expert's width, if any.
+        split_over: mesh axes that share the experts, if any.
+        expert_parallel: by whole experts, rather than by the width of each.
     """
 
     def __init__(
@@ -79,45 +88,54 @@ class MoE(nnx.Module):
         dtype: jnp.dtype,
         feature_major: bool,
         split_over: MeshAxes = None,
+        *,
+        expert_parallel: bool = False,
     ) -> None:
         linear = functools.partial(Linear, bias=False, dtype=dtype, feature_major=feature_major)
         self.router = linear((moe.num_experts,), (config.hidden_size,), (None,), ("embed",))
-        self.experts = Experts(config, moe, dtype)
+        self.experts = Experts(config, moe, dtype, whole=expert_parallel)
         has_shared = moe.shared_intermediate_size > 0
-        width = moe.shared_intermediate_size
-        self.shared = MLP(config, width, dtype, feature_major, split_over) if has_shared else None
+        self.shared = MLP(config, moe.shared_intermediate_size, dtype, feature_major) if has_shared else None
         self.shared_gate = linear((1,), (config.hidden_size,), (None,), ("embed",)) if has_shared else None
         self.num_experts = moe.num_experts
         self.experts_per_token = moe.experts_per_token
         self.normalize_weights = moe.normalize_weights
         self.feature_major = feature_major
         self.split_over = split_over
+        self.expert_parallel = expert_parallel
 
     def __call__(self, x: jax.Array, num_tokens: jax.Array) -> jax.Array:
         """x: [T, D] or [D, T], of which only so many first tokens are real; returns the same shape."""
         out = self._routed(x, num_tokens)
         if self.shared is not None and self.shared_gate is not None:
             out = out + jax.nn.sigmoid(self.shared_gate(x)) * self.shared(x)
-        return out
+        return out if self.split_over is None else lax.psum(out, self.split_over)
 
     def _routed(self, x: jax.Array, num_tokens: jax.Array) -> jax.Array:
+        """What the experts of this device say, weighted and summed."""
         logits = self.router(x)
         tokens, logits = (x.T, logits.T) if self.feature_major else (x, logits)
-        is_real = (jnp.arange(tokens.shape[0]) < num_tokens)[:, None]
         weights, chosen = self._route(logits)
-        # Padding goes to an expert after the last one, which no product is done for.
-        by_row = jnp.where(is_real, chosen, self.num_experts).reshape(-1)
+        first, count = self._own_experts()
+        is_own = (chosen >= first) & (chosen < first + count)
+        is_own &= (jnp.arange(tokens.shape[0]) < num_tokens)[:, None]
+        # Padding, and other devices' experts, go behind the last group, where no product is done.
+        by_row = jnp.where(is_own, chosen - first, count).reshape(-1)
         order = jnp.argsort(by_row)
-        group_sizes = jnp.zeros(self.num_experts, jnp.int32).at[by_row].add(1, mode="drop")
+        group_sizes = jnp.zeros(count, jnp.int32).at[by_row].add(1, mode="drop")
         rows = self.experts(tokens[order // self.experts_per_token], group_sizes)
         # Summed token by token, in the order of its experts, whatever else is in the batch.
-        mine = rows[jnp.argsort(order)].reshape(*chosen.shape, -1)
-        out = jnp.einsum("tk,tkd->td", weights, mine.astype(jnp.float32), precision=lax.Precision.HIGHEST)
-        out = jnp.where(is_real, out, 0).astype(x.dtype)
-        if self.split_over is not None:
-            # Of each token once, and not of each of its experts.
-            out = lax.psum(out, self.split_over)
+        mine = rows[jnp.argsort(order)].reshape(*chosen.shape, -1).astype(jnp.float32)
+        weights = jnp.where(is_own, weights, 0)
+        out = jnp.einsum("tk,tkd->td", weights, mine, precision=lax.Precision.HIGHEST).astype(x.dtype)
         return out.T if self.feature_major else out
+
+    def _own_experts(self) -> tuple[jax.Array | int, int]:
+        """The first one that this device computes, and how many."""
+        if self.split_over is None or not self.expert_parallel:
+            return 0, self.num_experts
+        count = self.num_experts // lax.axis_size(self.split_over)
+        return lax.axis_index(self.split_over) * count, count
 
     def _route(self, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
         """logits [T, experts] to weights float32[T, k] and numbers int32[T, k] of a token's experts."""

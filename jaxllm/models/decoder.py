@@ -42,6 +42,7 @@ class DecoderForm:
             of arrays, one of which each turn of a loop picks.
         attention_backend: which kernel attends.
         mesh: the devices that share the model; None is one device.
+        expert_parallel: each device has whole experts, rather than a part of each expert.
     """
 
     dtype: Any
@@ -49,6 +50,7 @@ class DecoderForm:
     stack_layers: bool
     attention_backend: Backend
     mesh: Mesh | AbstractMesh | None = None
+    expert_parallel: bool = False
 
     def mesh_axes(self, logical: str) -> MeshAxes:
         """The mesh axes that share a logical axis."""
@@ -89,7 +91,10 @@ class DecoderLayer(nnx.Module):
         self.mlp: MLP | MoE
         split = form.mesh_axes("mlp")
         if has_experts and config.moe is not None:
-            self.mlp = MoE(config, config.moe, form.dtype, form.feature_major, split)
+            parallel = form.expert_parallel
+            self.mlp = MoE(
+                config, config.moe, form.dtype, form.feature_major, split, expert_parallel=parallel
+            )
         else:
             self.mlp = MLP(config, config.intermediate_size, form.dtype, form.feature_major, split)
         self.pre_norm = config.norm_placement == "pre"
@@ -334,8 +339,8 @@ class Decoder:
         # Grouped products read a layer's experts within the stack; the scan slices everything else.
         experts = {
             name: (params[f"layers.{name}"], self._layers_with[name].index(group.first))
-            for name, param in self._layers[group.has_experts][1]
-            if "experts" in param.logical_axes
+            for name, _ in self._layers[group.has_experts][1]
+            if name.startswith("mlp.experts.")
         }
         parts = self._parameters_of(group, params)
         stacked = {name: part for name, part in parts.items() if name not in experts}

@@ -42,7 +42,9 @@ def fit_to_shards(config: ModelConfig, tensor: int, pipe: int = 1) -> ModelConfi
     return replace(config, num_kv_heads=kv_heads, vocab_size=-(-config.vocab_size // multiple) * multiple)
 
 
-def shard_of(fitted: ModelConfig, tensor: int, pipe: int = 1) -> ModelConfig:
+def shard_of(
+    fitted: ModelConfig, tensor: int, pipe: int = 1, *, expert_parallel: bool = False
+) -> ModelConfig:
     """What of a fitted model one device computes, as a model of its own: for sizes, not to be run.
 
     Where stages differ in their layers, the device of one that has most.
@@ -58,7 +60,7 @@ def shard_of(fitted: ModelConfig, tensor: int, pipe: int = 1) -> ModelConfig:
         if fitted.moe is None
         else replace(
             fitted.moe,
-            intermediate_size=fitted.moe.intermediate_size // tensor,
+            intermediate_size=fitted.moe.intermediate_size // (1 if expert_parallel else tensor),
             shared_intermediate_size=fitted.moe.shared_intermediate_size // tensor,
         ),
     )

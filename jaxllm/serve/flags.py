@@ -97,7 +97,12 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "record_trace",
         "disable_log_stats",
     ),
-    "parallelism": ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"),
+    "parallelism": (
+        "tensor_parallel_size",
+        "pipeline_parallel_size",
+        "data_parallel_size",
+        "enable_expert_parallel",
+    ),
 }
 
 # What the configurations' own docstrings leave to the name.
@@ -128,6 +133,7 @@ HELP = {
     "tensor_parallel_size": "devices that share each layer",
     "pipeline_parallel_size": "devices that share the layers",
     "data_parallel_size": "replicas of the model",
+    "enable_expert_parallel": "whole experts on each device, instead of a part of each expert on all",
     "attention_backend": "attention kernel; chosen by platform unless given",
     "structured_outputs_config": "for every structured output: disable_any_whitespace, ...",
     "disable_log_stats": "keep no statistics",

@@ -61,8 +61,8 @@ def make_specs(config: ModelConfig) -> dict[str, ParameterSpec]:
         experts, inner, count = config.moe.num_experts, config.moe.intermediate_size, len(config.moe.layers)
         add("layers.mlp.router.weight", (experts, hidden), (None, "embed"), count)
         gate_up = (2, experts, hidden, inner)
-        add("layers.mlp.experts.gate_up.weight", gate_up, (None, "experts", "embed", "mlp"), count)
-        add("layers.mlp.experts.down.weight", (experts, inner, hidden), ("experts", "mlp", "embed"), count)
+        add("layers.mlp.experts.gate_up.weight", gate_up, (None, None, "embed", "mlp"), count)
+        add("layers.mlp.experts.down.weight", (experts, inner, hidden), (None, "mlp", "embed"), count)
         if shared := config.moe.shared_intermediate_size:
             add("layers.mlp.shared.gate_up.weight", (2, shared, hidden), (None, "mlp", "embed"), count)
             add("layers.mlp.shared.down.weight", (hidden, shared), ("embed", "mlp"), count)
