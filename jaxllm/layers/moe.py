@@ -126,7 +126,7 @@ class MoE(nnx.Module):
         rows = self.experts(tokens[order // self.experts_per_token], group_sizes)
         # Summed token by token, in the order of its experts, whatever else is in the batch.
         mine = rows[jnp.argsort(order)].reshape(*chosen.shape, -1).astype(jnp.float32)
-        weights = jnp.where(is_own, weights, 0)
+        mine = jnp.where(is_own[..., None], mine, 0)
         out = jnp.einsum("tk,tkd->td", weights, mine, precision=lax.Precision.HIGHEST).astype(x.dtype)
         return out.T if self.feature_major else out
 

@@ -307,7 +307,7 @@ def test_dummy_weights(stack_layers: bool) -> None:
     assert not np.array_equal(layers[0], layers[1])
 
 
-@pytest.mark.parametrize("architecture", FAMILIES)
+@pytest.mark.parametrize("architecture", sorted({c.config["architectures"][0] for c in CASES.values()}))
 def test_dummy_weights_of_every_family(architecture: str) -> None:
     case = next(c for c in CASES.values() if c.config["architectures"] == [architecture])
     config = translate_config(case.config)
