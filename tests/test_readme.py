@@ -97,14 +97,20 @@ def test_every_kind_of_example_is_there() -> None:
 
 
 def test_python() -> None:
-    first, _ = of("python", needs_server=False)
+    first, *_ = of("python", needs_server=False)
     output = run([sys.executable, "-"], first.code)
     assert "The capital of France is ->" in output
     assert "Paris" in output
 
 
+def test_pooling() -> None:
+    [block] = [b for b in of("python", needs_server=False) if "pooling" in b.code]
+    size, score = run([sys.executable, "-"], block.code).split()[-2:]
+    assert int(size) > 0 and -1 <= float(score) <= 1
+
+
 def test_a_policy_of_thirty_lines() -> None:
-    _, block = of("python", needs_server=False)
+    [block] = [b for b in of("python", needs_server=False) if "SchedulingPolicy" in b.code]
     assert len(block.code.splitlines()) <= 30
     told = "\nengine = llm.llm_engine\nprint('ranks by', engine.scheduler._policy._policy.__dict__)"
     output = run([sys.executable, "-"], block.code + told)
