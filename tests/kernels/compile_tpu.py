@@ -17,7 +17,7 @@ from pallas_kernels.ragged_paged_attention.options import AttentionOptions
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "v7x": "tpu7x:2x2x1"}
 # So that libtpu neither looks for a chip nor asks the network about one.
-_WITHOUT_A_CHIP = {
+WITHOUT_A_CHIP = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -51,7 +51,7 @@ class Served:
 
 def sharding_on(chip: str) -> SingleDeviceSharding:
     """Where the arrays of a program lie that is compiled for a chip."""
-    for name, value in _WITHOUT_A_CHIP.items():
+    for name, value in WITHOUT_A_CHIP.items():
         os.environ.setdefault(name, value)
     device = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices[0]
     return SingleDeviceSharding(device)
