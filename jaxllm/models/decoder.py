@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +23,7 @@ from jaxllm.layers.pooler import PoolerHead
 from jaxllm.layers.rope import rotation_table
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.fitting import fit_to_shards
+from jaxllm.models.graph import LikeLayers, groups_of_like_layers, merge_module, split_module
 from jaxllm.models.parameters import ParameterSpec
 from pallas_kernels.ragged_paged_attention import Backend
 from sharding import DEFAULT_RULES, MeshAxes, partition_spec, sharded_top_k
@@ -197,10 +197,10 @@ class Decoder:
         self.form = form
         sizes = {} if form.mesh is None else form.mesh.shape
         self.fitted = fit_to_shards(config, sizes.get("tensor", 1), sizes.get("pipe", 1))
-        self._trunk, self._trunk_params = _split(Trunk(self.fitted, form))
-        self._groups = _groups_of_like_layers(config)
+        self._trunk, self._trunk_params = split_module(Trunk(self.fitted, form))
+        self._groups = groups_of_like_layers(config)
         self._layers = {
-            has_experts: _split(DecoderLayer(self.fitted, form, has_experts=has_experts))
+            has_experts: split_module(DecoderLayer(self.fitted, form, has_experts=has_experts))
             for has_experts in sorted({group.has_experts for group in self._groups})
         }
         # Which layers have a parameter: all of them, those with experts, or those without.
@@ -304,11 +304,11 @@ class Decoder:
         return inputs.seq_lens[jnp.minimum(sequence, inputs.seq_lens.shape[0] - 1)]
 
     def _trunk_of(self, params: dict[str, Any]) -> Trunk:
-        return _merge(self._trunk, self._trunk_params, params)
+        return merge_module(self._trunk, self._trunk_params, params)
 
     def _loop_over_layers(
         self,
-        group: _LikeLayers,
+        group: LikeLayers,
         params: dict[str, Any],
         x: jax.Array,
         kv_pages: jax.Array,
@@ -329,7 +329,7 @@ class Decoder:
 
     def _scan_layers(
         self,
-        group: _LikeLayers,
+        group: LikeLayers,
         params: dict[str, Any],
         x: jax.Array,
         kv_pages: jax.Array,
@@ -360,7 +360,7 @@ class Decoder:
 
     def _run_layer(
         self,
-        group: _LikeLayers,
+        group: LikeLayers,
         params: dict[str, Any],
         x: jax.Array,
         kv_pages: jax.Array,
@@ -368,10 +368,10 @@ class Decoder:
         inputs: AttentionInputs,
         decode_only: bool,
     ) -> tuple[jax.Array, jax.Array]:
-        layer = _merge(*self._layers[group.has_experts], params)
+        layer = merge_module(*self._layers[group.has_experts], params)
         return layer(x, kv_pages, index, inputs, window=group.window, decode_only=decode_only)  # type: ignore[no-any-return]
 
-    def _parameters_of(self, group: _LikeLayers, params: dict[str, Any]) -> dict[str, Any]:
+    def _parameters_of(self, group: LikeLayers, params: dict[str, Any]) -> dict[str, Any]:
         """The group's part of each of its parameters, by its name within a layer."""
         parts = {}
         for name, _ in self._layers[group.has_experts][1]:
@@ -385,39 +385,3 @@ def parameter_specs(config: ModelConfig) -> dict[str, ParameterSpec]:
     """Every parameter of a model: name to shape and logical axes, whatever it will run on."""
     form = DecoderForm(jnp.float32, feature_major=False, stack_layers=False, attention_backend="reference")
     return Decoder(config, form).parameter_specs()
-
-
-@dataclass(frozen=True, slots=True)
-class _LikeLayers:
-    """Consecutive layers that differ in nothing but their weights."""
-
-    first: int
-    count: int
-    window: int | None
-    has_experts: bool
-
-
-def _groups_of_like_layers(config: ModelConfig) -> list[_LikeLayers]:
-    windows = config.layer_windows or (None,) * config.num_layers
-    sparse = () if config.moe is None else config.moe.layers
-    kinds = [(window, layer in sparse) for layer, window in enumerate(windows)]
-    groups, first = [], 0
-    for (window, has_experts), run in itertools.groupby(kinds):
-        count = len(list(run))
-        groups.append(_LikeLayers(first, count, window, has_experts))
-        first += count
-    return groups
-
-
-def _split(module: nnx.Module) -> tuple[nnx.GraphDef[Any], list[tuple[str, nnx.Param[Any]]]]:
-    """A module's graph, and its parameters by dotted name."""
-    graph, state = nnx.split(module)
-    return graph, [(".".join(map(str, path)), param) for path, param in nnx.to_flat_state(state)]
-
-
-def _merge(
-    graph: nnx.GraphDef[Any], declared: list[tuple[str, nnx.Param[Any]]], values: dict[str, Any]
-) -> Any:
-    """The module again, with values in place of declarations."""
-    flat = [(tuple(name.split(".")), param.replace(values[name])) for name, param in declared]
-    return nnx.merge(graph, nnx.from_flat_state(flat))
