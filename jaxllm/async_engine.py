@@ -177,6 +177,15 @@ class AsyncEngine:
         self._send(_Command(run, future.set_exception), new_work=False)
         return await asyncio.wrap_future(future)
 
+    def tell(self, function: Callable[[Engine], object]) -> None:
+        """The same without waiting; nothing happens where the engine has ended. It must not raise."""
+
+        def run() -> None:
+            function(self.engine)
+
+        with contextlib.suppress(EngineDeadError):
+            self._send(_Command(run), new_work=False)
+
     # -- what any thread may call -------------------------------------------------------------------
 
     def abort(self, request_ids: Iterable[str]) -> None:

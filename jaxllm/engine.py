@@ -91,6 +91,16 @@ class Engine:
             recorders.append(TraceRecorder(config.record_trace, config.block_size, start))
         return recorders
 
+    def add_recorder(self, recorder: Recorder) -> None:
+        """Tell a recorder what happens from now on; what runs already, it has to ask the scheduler."""
+        self._recorders.append(recorder)
+
+    def remove_recorder(self, recorder: Recorder) -> None:
+        """Tell a recorder nothing more, and close it; nothing happens where it was never added."""
+        if recorder in self._recorders:
+            self._recorders.remove(recorder)
+            recorder.close()
+
     @classmethod
     def from_config(cls, config: EngineConfig) -> Engine:
         """Loads the model and compiles the steps that every plan needs; see `EngineConfig`.
@@ -268,7 +278,11 @@ class Engine:
 
     def reset_prefix_cache(self) -> bool:
         """Forgets all cached prefixes; False while requests hold pages."""
-        return self.scheduler.reset_prefix_cache()
+        done = self.scheduler.reset_prefix_cache()
+        if done:
+            for recorder in self._recorders:
+                recorder.forgotten(time.monotonic())
+        return done
 
     def sleep(self, level: int = 1) -> None:
         """Lets go of device memory until `wake_up`; the compiled steps stay, and no request is taken.

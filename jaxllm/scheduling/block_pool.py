@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
+from enum import IntEnum
 
 from jaxllm.errors import ConfigError
 
 NULL_PAGE = 0
 """The page that padding writes to. It belongs to nobody and is never handed out."""
+
+
+class PageState(IntEnum):
+    """What has become of a page; shared is owned more than once."""
+
+    BLANK = 0
+    CACHED = 1
+    OWNED = 2
+    SHARED = 3
 
 
 class IntegrityError(RuntimeError):
@@ -44,6 +55,8 @@ class BlockPool:
         self._page_of: dict[bytes, int] = {}
         self._blank = list(range(num_pages - 1, NULL_PAGE, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        # Pages whose state may have changed; None while nobody watches, so that nothing is spent on it.
+        self._touched: set[int] | None = None
 
     @property
     def num_usable_pages(self) -> int:
@@ -68,6 +81,8 @@ class BlockPool:
             page = self._blank.pop() if self._blank else self._evict()
             self._references[page] = 1
             pages.append(page)
+        if self._touched is not None:
+            self._touched.update(pages)
         return pages
 
     def _evict(self) -> int:
@@ -81,8 +96,10 @@ class BlockPool:
             del self._page_of[digest]
             self._digests[page] = None
 
-    def share(self, pages: Iterable[int]) -> None:
+    def share(self, pages: Sequence[int]) -> None:
         """Add one reference to each of `pages`, which were found by `find_prefix`."""
+        if self._touched is not None:
+            self._touched.update(pages)
         for page in pages:
             if self._references[page] == 0:
                 del self._cached[page]
@@ -93,6 +110,8 @@ class BlockPool:
 
         The last page is let go first, so that the tail of a prefix is evicted before its head.
         """
+        if self._touched is not None:
+            self._touched.update(pages)
         for page in reversed(pages):
             if self._references[page] <= 0:
                 raise IntegrityError(f"page {page} is freed, but nobody owns it")
@@ -136,9 +155,44 @@ class BlockPool:
         """Forget all content. Does nothing and returns False while any page is owned."""
         if self.num_free_pages != self.num_usable_pages:
             return False
+        if self._touched is not None:
+            self._touched.update(self._cached)
         while self._cached:
             self._blank.append(self._evict())
         return True
+
+    def watch(self, on: bool) -> None:
+        """Keep, or keep no longer, a note of the pages whose state changes."""
+        self._touched = set() if on else None
+
+    def take_changes(self) -> tuple[array[int], bytes]:
+        """The pages that changed since they were last taken, in no order, and the `PageState` of each.
+
+        Takes time in proportion to them. They are none where nobody watches.
+        """
+        touched, references, digests = self._touched, self._references, self._digests
+        if not touched:
+            return array("I"), b""
+        pages = array("I", touched)
+        touched.clear()
+        # A page without references is cached (1) where it has a digest, and blank (0) where it has none.
+        states = bytes(
+            [
+                3 if references[page] > 1 else 2 if references[page] else digests[page] is not None
+                for page in pages
+            ]
+        )
+        return pages, states
+
+    def states(self) -> bytes:
+        """The `PageState` of every page. Takes time in proportion to the whole cache."""
+        states = bytearray(self.num_pages)
+        for page in self._cached:
+            states[page] = PageState.CACHED
+        for page, count in enumerate(self._references):
+            if count:
+                states[page] = PageState.OWNED if count == 1 else PageState.SHARED
+        return bytes(states)
 
     def check_integrity(self, owned: Iterable[Sequence[int]]) -> None:
         """Compare the accounts with what the owners say.

@@ -100,6 +100,11 @@ class Scheduler:
         return len(self._running)
 
     @property
+    def pool(self) -> BlockPool:
+        """The accounts of the pages; others may read and watch them."""
+        return self._pool
+
+    @property
     def num_free_pages(self) -> int:
         """Pages that could be handed out now."""
         return self._pool.num_free_pages

@@ -35,6 +35,7 @@ from jaxllm.serve.errors import (
 from jaxllm.serve.messages import count_tokens, create_message, in_anthropic_words
 from jaxllm.serve.messages_protocol import CountTokensRequest, MessagesRequest
 from jaxllm.serve.middleware import APIKeys, Limits, RequestGate, RequestIds, path_of
+from jaxllm.serve.page import add_page_routes
 from jaxllm.serve.parsing import OutputParsers
 from jaxllm.serve.protocol import (
     ChatCompletionRequest,
@@ -115,11 +116,12 @@ def build_app(
         add_profile_routes(app, state, config.profile_dir)
     if config.enable_dev_routes:
         add_dev_routes(app, state)
+    page: frozenset[str] = frozenset() if config.disable_page else add_page_routes(app, state)
     _add_error_handlers(app)
     # The last one added is the outermost.
     app.add_middleware(RequestGate, state=state)
     if config.api_key:
-        app.add_middleware(APIKeys, keys=config.api_key)
+        app.add_middleware(APIKeys, keys=config.api_key, also_open=page)
     app.add_middleware(
         Limits,
         body=config.max_request_bytes,

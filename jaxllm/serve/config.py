@@ -40,6 +40,7 @@ class ServerConfig:
         max_log_len: characters of a prompt that are logged; all of them unless given.
         enable_tokenizer_info_endpoint: serve /tokenizer_info, which shows the tokenizer's settings and the
             chat template.
+        disable_page: serve no page at / and no /engine/events, from which the page draws the engine at work.
         enable_dev_routes: serve /server_info, /reset_prefix_cache, /sleep and /wake_up, which show and
             change the engine itself; not for the open internet.
         profile_dir: directory for what the JAX profiler records between /start_profile and /stop_profile;
@@ -88,6 +89,7 @@ class ServerConfig:
     enable_log_requests: bool = False
     max_log_len: int | None = None
     enable_tokenizer_info_endpoint: bool = False
+    disable_page: bool = False
     enable_dev_routes: bool = False
     profile_dir: str | None = None
     max_num_queued_reqs: int | None = None

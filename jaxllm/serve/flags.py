@@ -20,6 +20,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "allow_credentials",
         "enable_request_id_headers",
         "disable_fastapi_docs",
+        "disable_page",
         "uvicorn_log_level",
         "disable_uvicorn_access_log",
         "disable_access_log_for_endpoints",

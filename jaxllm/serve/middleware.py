@@ -47,16 +47,21 @@ def path_of(scope: Scope) -> str:
 
 
 class APIKeys:
-    """Refuses requests that bring none of the keys, but to the routes by which a machine is watched."""
+    """Refuses requests that bring none of the keys, but to the routes by which a machine is watched.
+
+    Args:
+        also_open: further paths that need no key.
+    """
 
     OPEN = frozenset({"/health", "/ping"})
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+    def __init__(self, app: ASGIApp, keys: Sequence[str], also_open: frozenset[str] = frozenset()) -> None:
         self._app = app
+        self._open = self.OPEN | also_open
         self._keys = [key.encode() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["method"] != "OPTIONS" and path_of(scope) not in self.OPEN:
+        if scope["type"] == "http" and scope["method"] != "OPTIONS" and path_of(scope) not in self._open:
             headers = Headers(scope=scope)
             scheme, _, key = headers.get("authorization", "").partition(" ")
             if not scheme and "x-api-key" in headers:  # Anthropic's clients send it so.

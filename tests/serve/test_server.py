@@ -34,8 +34,8 @@ USER = [{"role": "user", "content": "Hello"}]
 class Live:
     """A server on a free port of this process."""
 
-    def __init__(self, config: ServerConfig) -> None:
-        self.fake = FakeEngine()
+    def __init__(self, config: ServerConfig, fake: FakeEngine | None = None) -> None:
+        self.fake = fake or FakeEngine()
         self.engine = AsyncEngine(self.fake)  # type: ignore[arg-type]
         listener = bind(config)
         self.port = listener.getsockname()[1]
@@ -59,8 +59,9 @@ class Live:
 
 
 @contextlib.contextmanager
-def live_server(**config: Any) -> Iterator[Live]:
-    live = Live(ServerConfig(**{"host": "127.0.0.1", "port": 0, "uvicorn_log_level": "warning", **config}))
+def live_server(fake: FakeEngine | None = None, **config: Any) -> Iterator[Live]:
+    defaults = {"host": "127.0.0.1", "port": 0, "uvicorn_log_level": "warning"}
+    live = Live(ServerConfig(**{**defaults, **config}), fake)
     try:
         yield live
     finally:

@@ -28,8 +28,11 @@ class Recorder:
     def ended(self, request: Request, now: float) -> None:
         """A request was ended from outside: a stop string, an abort."""
 
+    def forgotten(self, now: float) -> None:
+        """The prefix cache was emptied."""
+
     def close(self) -> None:
-        """The engine stops."""
+        """The engine stops, or this recorder was removed."""
 
 
 class TraceRecorder(Recorder):
