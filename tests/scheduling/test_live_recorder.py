@@ -12,7 +12,7 @@ import pytest
 from jaxllm.request import RequestStatus
 from jaxllm.scheduling import Scheduler
 from jaxllm.scheduling.block_pool import PageState
-from jaxllm.scheduling.recording.live_recorder import LiveRecorder, runs
+from jaxllm.scheduling.recording.live_recorder import LiveRecorder, all_runs, runs
 from tests.scheduling.simulated_device import (
     make_config,
     make_request,
@@ -27,10 +27,10 @@ class Mirror:
 
     def __init__(self, recorder: LiveRecorder) -> None:
         self.recorder = recorder
-        self.count, state = recorder.snapshot()
+        self.count, state, pages = recorder.snapshot()
         state = json.loads(json.dumps(state))
         self.pages = [0] * state["limits"]["num_pages"]
-        self.change(state["pages"])
+        self.change(all_runs(pages))
         self.phases = {row[0]: row[1] for row in state["requests"]}
         self.ends: dict[int, list[Any]] = {}
         self.events: list[Any] = []
@@ -196,7 +196,7 @@ def test_no_text_and_no_name_is_told() -> None:
     server.add(make_request("name-of-a", [secret] * 9, cache_salt="salty", tenant="tenant-t"))
     recorder = LiveRecorder(server.scheduler)
     server.recorders.append(recorder)
-    told = [recorder.snapshot()[1]]
+    told: list[Any] = [recorder.snapshot()[1]]
     server.add(make_request("name-of-b", [secret] * 9, cache_salt="salty", tenant="tenant-t"))
     while server.scheduler.has_unfinished():
         server.step()
@@ -217,3 +217,5 @@ def test_runs_say_what_they_are_given(seed: int) -> None:
         assert count > 0
         found |= dict.fromkeys(range(first, first + count), state)
     assert found == states
+    every = bytes(rng.randrange(3) for _ in range(60))
+    assert all_runs(every) == runs(range(60), every)

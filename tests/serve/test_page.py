@@ -15,7 +15,8 @@ from jaxllm.async_engine import AsyncEngine
 from jaxllm.sampling_params import SamplingParams
 from jaxllm.serve.config import ServerConfig
 from jaxllm.serve.errors import OverloadedError
-from jaxllm.serve.page import CONTENT_SECURITY_POLICY, feed as feed_module, load_static_files
+from jaxllm.serve.page import CONTENT_SECURITY_POLICY, load_static_files
+from jaxllm.serve.page import feed as feed_module
 from jaxllm.serve.page.feed import MAX_WATCHERS, LiveFeed, Watcher
 from tests.scheduling.test_live_recorder import true_pages
 from tests.serve.conftest import serving

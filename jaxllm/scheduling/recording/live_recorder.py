@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from array import array
 from collections import deque
@@ -16,6 +17,8 @@ from jaxllm.scheduling.recording.recorder import Recorder
 from jaxllm.scheduling.scheduler import Scheduler
 
 Event = list[Any]
+
+_SAME = re.compile(rb"(.)\1*", re.DOTALL)
 
 
 class LiveRecorder(Recorder):
@@ -72,10 +75,10 @@ class LiveRecorder(Recorder):
 
     # What watchers ask
 
-    def snapshot(self) -> tuple[int, dict[str, Any]]:
-        """The number of events so far, and the state that they led to: limits, pages and requests.
+    def snapshot(self) -> tuple[int, dict[str, Any], bytes]:
+        """The number of events so far, and the state that they led to: limits, requests, and each page's.
 
-        Requests are [number, phase, arrival, started, first token, prompt tokens, max tokens], with the
+        The `PageState`s are bytes, from which `all_runs` makes what JSON can hold. Requests are [number, phase, arrival, started, first token, prompt tokens, max tokens], with the
         phases "queued", "prefill", "decode" and "preempted", and null for times that have not come.
         """
         scheduler = self._scheduler
@@ -92,10 +95,9 @@ class LiveRecorder(Recorder):
             },
             "waiting": scheduler.num_waiting,
             "running": scheduler.num_running,
-            "pages": runs(range(config.num_pages), self._pool.states()),
             "requests": [self._describe(request, number) for request, number in self._numbers.items()],
         }
-        return self._num_events, state
+        return self._num_events, state, self._pool.states()
 
     def _describe(self, request: Request, number: int) -> list[Any]:
         if request in self._idle:
@@ -143,18 +145,20 @@ class LiveRecorder(Recorder):
                 idle.add(request)
         started = []
         prefill = 0
-        # In most steps nobody starts or computes a prompt, and nothing depends on how many decode.
-        if idle or computing:
+        # In most steps nobody starts or computes a prompt, and then nobody is looked at one by one.
+        if computing or (idle and not idle.isdisjoint([entry.request for entry in plan.scheduled])):
             for request, start, num_tokens, samples in plan.scheduled:
                 if request in idle:
                     idle.discard(request)
-                    computing.add(request)
                     self._awaiting.add(request)
                     started.append((self._numbers[request], start))
-                if request in computing:
-                    prefill += num_tokens
-                    if samples:
-                        computing.discard(request)
+                elif request not in computing:
+                    continue
+                prefill += num_tokens
+                if samples:
+                    computing.discard(request)
+                else:
+                    computing.add(request)
         self._append(
             "plan",
             now,
@@ -172,18 +176,16 @@ class LiveRecorder(Recorder):
     def applied(self, plan: Plan, updates: Sequence[RequestUpdate], now: float) -> None:
         """See `Recorder`."""
         awaiting, running = self._awaiting, RequestStatus.RUNNING
-        num_tokens = 0
         decoding = []
-        ended = []
-        for update in updates:
-            request = update.request
-            num_tokens += len(update.new_token_ids)
-            if awaiting and request in awaiting and update.new_token_ids:
-                awaiting.discard(request)
-                decoding.append(self._numbers[request])
-            # One comparison for nearly all of them.
-            if request.status is not running and request.status.is_finished:
-                ended.append(self._forget(request))
+        if awaiting:
+            for update in updates:
+                if update.request in awaiting and update.new_token_ids:
+                    awaiting.discard(update.request)
+                    decoding.append(self._numbers[update.request])
+        num_tokens = sum([len(update.new_token_ids) for update in updates])
+        # One comparison for nearly all of them.
+        halted = [update.request for update in updates if update.request.status is not running]
+        ended = [self._forget(request) for request in halted if request.status.is_finished]
         self._append("result", now, plan.step_id, num_tokens, decoding, ended)
 
     def ended(self, request: Request, now: float) -> None:
@@ -213,6 +215,14 @@ class LiveRecorder(Recorder):
         for phase in (self._idle, self._computing, self._awaiting):
             phase.discard(request)
         return number, request.status.value, len(request.token_ids) - request.num_prompt_tokens
+
+
+def all_runs(states: bytes) -> list[int]:
+    """The states of all pages, from the first, as runs; see `runs`."""
+    flat: list[int] = []
+    for run in _SAME.finditer(states):
+        flat += (run.start(), run.end() - run.start(), states[run.start()])
+    return flat
 
 
 def runs(pages: Sequence[int], states: bytes) -> list[int]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxllm.async_engine import AsyncEngine
 from jaxllm.errors import EngineDeadError
-from jaxllm.scheduling.recording.live_recorder import LiveRecorder
+from jaxllm.scheduling.recording.live_recorder import LiveRecorder, all_runs
 from jaxllm.serve.errors import OverloadedError
 from jaxllm.serve.streaming import event
 
@@ -55,7 +55,7 @@ class LiveFeed:
             engine.add_recorder(self._recorder)
         self._num_recorded += 1
 
-    def _snapshot(self, engine: Engine) -> tuple[LiveRecorder, int, dict[str, Any]]:
+    def _snapshot(self, engine: Engine) -> tuple[LiveRecorder, int, dict[str, Any], bytes]:
         assert self._recorder is not None  # Whoever asks has joined, and not left.
         return self._recorder, *self._recorder.snapshot()
 
@@ -95,8 +95,8 @@ class Watcher:
         self._joined = True
         self._engine.tell(self._feed._join)
         try:
-            recorder, count, state = await self._engine.call(self._feed._snapshot)
-            yield _message("snapshot", **state)
+            recorder, count, state, pages = await self._engine.call(self._feed._snapshot)
+            yield _message("snapshot", **state, pages=all_runs(pages))
             heard = time.monotonic()
             while not await self._pause():
                 if self._engine.is_dead or self._engine.is_draining:
@@ -104,8 +104,8 @@ class Watcher:
                 found = recorder.since(count)
                 now = time.monotonic()
                 if found is None:
-                    recorder, count, state = await self._engine.call(self._feed._snapshot)
-                    yield _message("snapshot", **state)
+                    recorder, count, state, pages = await self._engine.call(self._feed._snapshot)
+                    yield _message("snapshot", **state, pages=all_runs(pages))
                 elif found:
                     count += len(found)
                     yield _message("events", events=found)

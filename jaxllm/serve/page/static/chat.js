@@ -175,7 +175,7 @@ class Answer {
     if (reason === "length") parts.push("cut off at the limit of tokens");
     else if (reason && reason !== "stop") parts.push(reason);
     if (!this.text && !this.reasoning) parts.unshift("nothing was said");
-    this.meta.textContent = parts.join(" · ");
+    this.meta.replaceChildren(element("span", "", parts.join(" · ")));
     if (this.tokens) this.meta.append(scale());
     this.follow(atEnd);
   }

@@ -86,6 +86,7 @@ export class EngineModel {
     if (planned) {
       planned.result = time;
       planned.duration = time - Math.max(planned.time, this.lastResult);
+      this.second(time).durations.push(planned.duration);
     }
     this.lastResult = time;
     for (const number of decoding) {
@@ -152,7 +153,7 @@ export class EngineModel {
     const key = Math.floor(time / 1000);
     let found = this.seconds.get(key);
     if (!found) {
-      this.seconds.set(key, (found = { prompt: 0, generated: 0 }));
+      this.seconds.set(key, (found = { prompt: 0, generated: 0, durations: [] }));
       for (const old of this.seconds.keys()) if (old < key - SECONDS - 2) this.seconds.delete(old);
     }
     return found;

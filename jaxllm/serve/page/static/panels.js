@@ -5,6 +5,7 @@ import { color, line, number, Plot, Surface } from "./surface.js";
 
 const BAR = 4; // pixels of a step, a gap of one of them
 const SPAN = 60; // seconds
+const SPANS = [4, 12, 20, 40, 60, 120, 240, 600, 1200, 3600];
 const [ROW, BARS] = [22, 10]; // pixels of a row of the timeline, and of its bar
 
 /** The steps that fit the width of a plot, and where the newest of them ends. */
@@ -36,7 +37,9 @@ export class TokensPanel {
       for (const [name, low, high] of parts) {
         if (high <= low) continue;
         context.fillStyle = color(name);
-        context.fillRect(x, plot.y(high), BAR - 1, plot.y(low) - plot.y(high));
+        // A single token shall be seen beside a long prompt.
+        const height = Math.max(plot.y(low) - plot.y(high), 2);
+        context.fillRect(x, plot.y(low) - height, BAR - 1, height);
       }
     }
     if (limits) plot.limit(limits.max_num_batched_tokens, `budget ${number(limits.max_num_batched_tokens)}`);
@@ -102,6 +105,7 @@ export class PageMapPanel {
     while (size > 4 && Math.floor(width / size) * Math.floor(height / size) < count) size -= 1;
     size = Math.max(size, 4);
     const columns = Math.floor(width / size);
+    const pitch = width / columns; // the last column ends where the panel does
     const perCell = Math.ceil(count / (columns * Math.floor(height / size)));
     const cells = Math.ceil(count / perCell);
     const gap = size > 5 ? 2 : 1;
@@ -110,11 +114,13 @@ export class PageMapPanel {
       const end = Math.min(count, (cell + 1) * perCell);
       for (let page = cell * perCell; page < end; page++) state = Math.max(state, pages[page + 1]);
       context.fillStyle = color(PAGE_STATES[state]);
-      context.fillRect((cell % columns) * size, Math.floor(cell / columns) * size, size - gap, size - gap);
+      const x = Math.round((cell % columns) * pitch);
+      const next = Math.round(((cell % columns) + 1) * pitch);
+      context.fillRect(x, Math.floor(cell / columns) * size, next - x - gap, size - gap);
     }
-    const at = pointer && Math.floor(pointer.y / size) * columns + Math.floor(pointer.x / size);
+    const at = pointer && Math.floor(pointer.y / size) * columns + Math.min(columns - 1, Math.floor(pointer.x / pitch));
     const first = at * perCell + 1;
-    if (pointer && pointer.x < columns * size && at < cells) {
+    if (pointer && at < cells) {
       const last = Math.min(count, first + perCell - 1);
       const name = PAGE_STATES[Math.max(...pages.subarray(first, last + 1))];
       this.note.textContent = perCell === 1 ? `page ${first}: ${name}` : `pages ${first} to ${last}: ${name}`;
@@ -156,14 +162,21 @@ export class LatencyPanel {
 
   draw(model) {
     const from = model.limits ? model.now() - 1000 * SPAN : 0;
-    const steps = model.steps.filter((step) => step.result > from);
     const firsts = model.firstTokens.filter((first) => first.time > from);
-    const values = [...steps.map((step) => step.duration), ...firsts.map((first) => first.wait)];
-    const plot = new Plot(this.surface, Math.max(10, ...values), "ms");
+    const seconds = [...model.seconds].filter(([second, { durations }]) => 1000 * second > from && durations.length);
+    const steps = seconds.map(([second, { durations }]) => [1000 * second + 500, quantiles(durations)]).sort(byTime);
+    const values = [...steps.flatMap(([, [, middle, high]]) => [middle, high]), ...firsts.map((first) => first.wait)];
+    const plot = new Plot(this.surface, Math.max(100, ...values), "ms", Math.min(1, ...values.filter((value) => value > 0)));
     const { context } = plot;
-    const x = (time) => plot.left + ((time - from) / (1000 * SPAN)) * plot.width;
+    const x = (time) => Math.min(plot.right, plot.left + ((time - from) / (1000 * SPAN)) * plot.width);
+    // Nine in ten of a second's steps lie on the bar, and half of them below the line.
     context.fillStyle = color("decode");
-    for (const step of steps) context.fillRect(x(step.result) - 1, plot.y(step.duration) - 1, 2, 2);
+    context.globalAlpha = 0.25;
+    for (const [time, [low, , high]] of steps) {
+      context.fillRect(x(time) - 1, plot.y(high), 3, Math.max(plot.y(low) - plot.y(high), 1));
+    }
+    context.globalAlpha = 1;
+    plot.path(steps.map(([time, [, middle]]) => [x(time), plot.y(middle)]), "decode");
     context.fillStyle = color("shared");
     for (const first of firsts) {
       context.beginPath();
@@ -172,6 +185,14 @@ export class LatencyPanel {
     }
     plot.seconds(SPAN);
   }
+}
+
+const byTime = ([one], [other]) => one - other;
+
+/** The 5th, 50th and 95th percentile. */
+function quantiles(values) {
+  const sorted = [...values].sort((a, b) => a - b);
+  return [0.05, 0.5, 0.95].map((share) => sorted[Math.round(share * (sorted.length - 1))]);
 }
 
 /** A row for each of the newest requests, and on it what became of it when. */
@@ -186,11 +207,14 @@ export class TimelinePanel {
     const narrow = width < 480;
     const [left, right, bottom] = [narrow ? 92 : 150, width - 4, height - 18];
     const now = model.limits ? model.now() : 0;
-    const from = now - 1000 * SPAN;
     const rows = Math.floor(bottom / ROW);
-    const living = [...model.requests.values()];
-    const requests = [...model.ended.filter((r) => r.finished > from), ...living].sort((a, b) => b.number - a.number).slice(0, rows);
-    const x = (time) => left + ((Math.max(time, from) - from) / (1000 * SPAN)) * (right - left);
+    const recent = model.ended.filter((request) => request.finished > now - 1000 * SPAN);
+    const requests = [...recent, ...model.requests.values()].sort((a, b) => b.number - a.number).slice(0, rows);
+    // So many seconds that all of them fit, and short ones are more than a dot.
+    const oldest = Math.min(now, ...requests.map((request) => request.arrival));
+    const span = SPANS.find((seconds) => 1000 * seconds >= now - oldest) ?? SPANS.at(-1);
+    const from = now - 1000 * span;
+    const x = (time) => left + ((Math.max(time, from) - from) / (1000 * span)) * (right - left);
     context.textBaseline = "middle";
     requests.forEach((request, row) => {
       const middle = row * ROW + ROW / 2;
@@ -202,12 +226,11 @@ export class TimelinePanel {
       context.fillText(narrow ? `${request.prompt} + ${output}` : `${request.prompt} + ${output} tokens`, 36, middle);
       context.strokeStyle = color("grid");
       line(context, left, middle, right, middle);
-      for (const span of request.spans) {
-        const to = span.to ?? now;
-        if (to < from) continue;
-        const thin = span.phase === "queued" || span.phase === "preempted" ? BARS - 4 : BARS;
-        context.fillStyle = color(span.phase);
-        context.fillRect(x(span.from), middle - thin / 2, Math.max(x(to) - x(span.from), 1.5), thin);
+      for (const { phase, from: began, to = null } of request.spans) {
+        if ((to ?? now) < from) continue;
+        const thick = phase === "queued" || phase === "preempted" ? BARS - 4 : BARS;
+        context.fillStyle = color(phase);
+        context.fillRect(x(began), middle - thick / 2, Math.max(x(to ?? now) - x(began), 1.5), thick);
       }
       if (request.finished) this.end(context, x(request.finished), middle, request.reason, right);
     });
@@ -219,7 +242,7 @@ export class TimelinePanel {
     context.textBaseline = "alphabetic";
     for (let i = 0; i <= 4; i++) {
       context.textAlign = i === 0 ? "left" : i === 4 ? "right" : "center";
-      context.fillText(i === 4 ? "now" : `−${SPAN - 15 * i} s`, left + (i / 4) * (right - left), height - 4);
+      context.fillText(i === 4 ? "now" : `−${number(span - (span * i) / 4)} s`, left + (i / 4) * (right - left), height - 4);
     }
   }
 

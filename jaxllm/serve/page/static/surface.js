@@ -2,7 +2,7 @@
 
 const FONT = '11px system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif';
 const LEFT = 44;
-const [RIGHT, TOP, BOTTOM] = [4, 8, 18];
+const [RIGHT, TOP, BOTTOM] = [4, 20, 18];
 
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const cache = new Map();
@@ -47,41 +47,50 @@ export class Surface {
 export class Plot {
   /**
    * @param most the largest value that must fit
-   * @param unit stands at the topmost label
+   * @param unit stands above the axis
+   * @param least the smallest value of a logarithmic axis; without one the axis is linear, from 0
    */
-  constructor(surface, most, unit) {
+  constructor(surface, most, unit, least = null) {
     this.context = surface.begin();
     this.left = LEFT;
     this.right = surface.width - RIGHT;
     this.top = TOP;
     this.bottom = surface.height - BOTTOM;
     this.width = this.right - this.left;
-    const step = niceStep(most / (this.bottom - this.top < 80 ? 2 : 3));
-    this.most = Math.max(step * Math.ceil(most / step - 1e-9), step);
-    this.grid(step, unit);
+    if (least === null) {
+      const step = niceStep(most / (this.bottom - this.top < 70 ? 2 : 3));
+      const count = Math.max(1, Math.ceil(most / step - 1e-9));
+      this.scale = (value) => value / (step * count);
+      this.most = step * count;
+      this.grid(Array.from({ length: count + 1 }, (_, i) => i * step), unit);
+    } else {
+      const low = Math.floor(Math.log10(least));
+      const high = Math.max(Math.ceil(Math.log10(most) - 1e-9), low + 1);
+      this.scale = (value) => Math.max(0, (Math.log10(value) - low) / (high - low));
+      this.most = 10 ** high;
+      this.grid(Array.from({ length: high - low + 1 }, (_, i) => 10 ** (low + i)), unit);
+    }
   }
 
   y(value) {
-    return this.bottom - (value / this.most) * (this.bottom - this.top);
+    return this.bottom - this.scale(value) * (this.bottom - this.top);
   }
 
-  grid(step, unit) {
+  grid(values, unit) {
     const { context } = this;
     context.textAlign = "right";
     context.textBaseline = "middle";
     context.lineWidth = 1;
-    for (let value = 0; value <= this.most + step / 2; value += step) {
+    values.forEach((value, i) => {
       const y = Math.round(this.y(value)) + 0.5;
-      context.strokeStyle = color(value === 0 ? "line" : "grid");
+      context.strokeStyle = color(i === 0 ? "line" : "grid");
       line(context, this.left, y, this.right, y);
       context.fillStyle = color("muted");
       context.fillText(number(value), this.left - 6, y);
-    }
-    if (unit) {
-      context.textAlign = "left";
-      context.textBaseline = "top";
-      context.fillText(unit, this.left + 4, 2);
-    }
+    });
+    context.textAlign = "left";
+    context.textBaseline = "top";
+    context.fillText(unit, 0, 0);
   }
 
   /** Labels below the axis: [x, text], the first and the last of them inside the plot. */
