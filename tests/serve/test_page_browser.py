@@ -1,4 +1,4 @@
-"""The page as a person uses it: a real browser without a window, real clicks, light and dark, wide and narrow."""
+"""The page as a person uses it: real clicks in a browser, light and dark, wide and narrow."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def test_tokens_by_probability(browser: Any, live: Live) -> None:
 
 
 MARKUP = (
-    "# Title\n\nSome **bold** text with `code` and [a link](https://example.com/) and [bad](javascript:alert(1)).\n"
+    "# Title\n\nSome **bold** text with `code`, [a link](https://example.com/), [bad](javascript:alert(1)).\n"
     "- one\n- two\n\n```\nlet x = '<b>';\n```\n<img src=x onerror=alert(1)><script>alert(2)</script>"
 )
 

@@ -78,8 +78,9 @@ class LiveRecorder(Recorder):
     def snapshot(self) -> tuple[int, dict[str, Any], bytes]:
         """The number of events so far, and the state that they led to: limits, requests, and each page's.
 
-        The `PageState`s are bytes, from which `all_runs` makes what JSON can hold. Requests are [number, phase, arrival, started, first token, prompt tokens, max tokens], with the
-        phases "queued", "prefill", "decode" and "preempted", and null for times that have not come.
+        The `PageState`s are bytes, from which `all_runs` makes what JSON can hold. Requests are [number,
+        phase, arrival, started, first token, prompt tokens, max tokens], with the phases "queued",
+        "prefill", "decode" and "preempted", and null for times that have not come.
         """
         scheduler = self._scheduler
         config = scheduler.config
