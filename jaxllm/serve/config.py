@@ -17,8 +17,8 @@ class ServerConfig:
         disable_uvicorn_access_log: log no line per HTTP request.
         disable_access_log_for_endpoints: paths, with commas between, whose requests get no line.
         log_format: "json" writes each line of the log as an object, with the id of its request.
-        api_key: keys that every route but /health and /ping demands as `Authorization: Bearer KEY`; several,
-            or the flag several times, are all valid; none demands nothing.
+        api_key: keys that every route but /health, /ping and the page's own files demands as
+            `Authorization: Bearer KEY`; several, or the flag several times, are all valid; none demands none.
         allowed_origins: origins that browsers may call from; empty turns CORS off.
         ssl_cert_reqs: whether clients need a certificate: 0 no, 1 checked where they have one, 2 yes.
         root_path: prefix under which a proxy serves this server.

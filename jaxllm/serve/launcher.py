@@ -186,6 +186,7 @@ def banner(config: ServerConfig, listener: socket.socket, model: str, *, is_demo
         f"  jaxllm {jaxllm.__version__}",
         f"  model   {model}",
         f"  serves  {where}{config.root_path}/v1",
+        *([] if config.disable_page or config.uds is not None else [f"  page    {url}{config.root_path}/"]),
         "",
     ]
     if is_demo:
