@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.experimental.layout import Format, Layout
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jaxllm.execution.batch import StepShape
 from jaxllm.models.decoder import Decoder
@@ -36,8 +38,18 @@ def abstract_parameters(decoder: Decoder) -> dict[str, Any]:
 def abstract_cache(decoder: Decoder, num_pages: int, page_size: int) -> jax.ShapeDtypeStruct:
     """The KV cache."""
     spec, mesh = decoder.cache_spec(num_pages, page_size), decoder.form.mesh
-    sharding = None if mesh is None else named_sharding(mesh, spec.axes, spec.shape, "the KV cache")
+    sharding: Any = None if mesh is None else named_sharding(mesh, spec.axes, spec.shape, "the KV cache")
+    if decoder.form.attention_backend == "tpu":
+        # Left to itself XLA swaps dimensions where a token has few rows, and each step would swap them back.
+        row_major = Layout(tuple(range(len(spec.shape))))
+        sharding = Format(row_major, sharding or SingleDeviceSharding(jax.devices()[0]))
     return jax.ShapeDtypeStruct(spec.shape, decoder.form.dtype, sharding=sharding)
+
+
+def empty_cache(abstract: jax.ShapeDtypeStruct) -> jax.Array:
+    """A cache of zeros, laid out as the abstract one."""
+    zeros = functools.partial(jnp.zeros, abstract.shape, abstract.dtype)
+    return jax.jit(zeros, out_shardings=abstract.format)()
 
 
 def abstract_state(create: Callable[[], Any], mesh: Mesh | AbstractMesh | None) -> Any:
@@ -81,7 +93,7 @@ def lower_step(
     # A float32 model is computed in float32: by default a GPU would take TF32, and a TPU bfloat16.
     precision = "highest" if decoder.form.dtype == jnp.float32 else "default"
     with jax.default_matmul_precision(precision):
-        stays = (kv_pages.sharding, shardings_of(state))
+        stays = (kv_pages.format, shardings_of(state))
         return jax.jit(run, donate_argnums=(1, 2), out_shardings=(*stays, whole)).lower(
             params,
             kv_pages,

@@ -26,7 +26,7 @@ class HostPages:
     it computes. They are in place before anything is copied back.
 
     Args:
-        abstract_cache: the cache on the device, [layers, pages, page_size, 2 * kv_heads, head_dim].
+        abstract_cache: the cache on the device, [layers, pages, page_size, rows, width].
         num_pages: pages on the host.
 
     Raises:
@@ -47,7 +47,7 @@ class HostPages:
         self._under_way: deque[tuple[list[int], jax.Array]] = deque()
         self._gather: Any = jax.jit(_gather)
         # What comes back lies as the cache lies, on one device or on several.
-        self._scatter: Any = jax.jit(_scatter, donate_argnums=0, out_shardings=abstract_cache.sharding)
+        self._scatter: Any = jax.jit(_scatter, donate_argnums=0, out_shardings=abstract_cache.format)
 
     def warm_up(self, kv_pages: jax.Array) -> jax.Array:
         """Compiles both copies; gives the cache back."""
@@ -91,7 +91,7 @@ def _padded(pages: tuple[int, ...]) -> np.ndarray:
 
 
 def _gather(kv_pages: jax.Array, pages: jax.Array) -> jax.Array:
-    """[n, layers, page_size, 2 * kv_heads, head_dim] of the pages int32[n]."""
+    """[n, layers, page_size, rows, width] of the pages int32[n]."""
     return jnp.moveaxis(kv_pages[:, pages], 1, 0)
 
 

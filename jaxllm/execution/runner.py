@@ -7,13 +7,13 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.execution.abstract import (
     abstract_cache,
     abstract_parameters,
     abstract_state,
+    empty_cache,
     everywhere,
     lower_step,
     shardings_of,
@@ -182,8 +182,7 @@ class Runner:
         """Takes the weights, makes the cache, and waits until every plan can run."""
         self._sleep: Sleep | None = None
         self._params = params
-        cache = self._abstract_cache
-        self._kv_pages = jnp.zeros(cache.shape, cache.dtype, device=cache.sharding)
+        self._kv_pages = empty_cache(self._abstract_cache)
         if self._host_pages is not None:
             self._kv_pages = self._host_pages.warm_up(self._kv_pages)
         self._state = jax.jit(self._create_state, out_shardings=shardings_of(self._abstract_state))()

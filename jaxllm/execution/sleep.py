@@ -6,10 +6,10 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.errors import InvalidRequestError
+from jaxllm.execution.abstract import empty_cache
 from jaxllm.models.parameters import Parameters
 
 TAGS = ("weights", "kv_cache")
@@ -28,7 +28,7 @@ class Sleep:
         self, params: Parameters, kv_pages: jax.Array, *, keep_weights: bool, load: Callable[[], Parameters]
     ) -> None:
         self._shardings = jax.tree.map(lambda array: array.sharding, params)
-        self._cache = jax.ShapeDtypeStruct(kv_pages.shape, kv_pages.dtype, sharding=kv_pages.sharding)
+        self._cache = jax.ShapeDtypeStruct(kv_pages.shape, kv_pages.dtype, sharding=kv_pages.format)  # type: ignore[attr-defined]
         # A copy, where the device is the host itself as well: a view would keep the array alive.
         self._weights = jax.tree.map(lambda array: np.array(array), params) if keep_weights else None
         self._load = load
@@ -59,8 +59,7 @@ class Sleep:
             )
             self._weights = None
         if "kv_cache" in wanted:
-            cache = self._cache
-            self._awake["kv_cache"] = jnp.zeros(cache.shape, cache.dtype, device=cache.sharding)
+            self._awake["kv_cache"] = empty_cache(self._cache)
         if len(self._awake) < len(TAGS):
             return None
         return self._awake["weights"], self._awake["kv_cache"]

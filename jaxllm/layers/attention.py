@@ -148,11 +148,13 @@ class Attention(nnx.Module):
             q, k = (rotate(heads, inputs.rotation, self.feature_major) for heads in (q, k))
         if self.feature_major:
             q, k, v = (jnp.moveaxis(heads, -1, 0) for heads in (q, k, v))
-        out, kv_pages = ragged_paged_attention(
+        # However the cache is held (`cache_rows`), the op is given a view of heads.
+        pages = kv_pages.reshape(*kv_pages.shape[:3], 2 * k.shape[1], k.shape[2])
+        out, pages = ragged_paged_attention(
             q.reshape(q.shape[0], -1, q.shape[-1]),
             k,
             v,
-            kv_pages,
+            pages,
             layer,
             inputs.page_table,
             inputs.seq_lens,
@@ -166,4 +168,4 @@ class Attention(nnx.Module):
         out = out.reshape(q.shape)
         if self.feature_major:
             out = jnp.moveaxis(out, 0, -1)
-        return self.output(out), kv_pages
+        return self.output(out), pages.reshape(kv_pages.shape)

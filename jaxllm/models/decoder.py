@@ -25,7 +25,7 @@ from jaxllm.models.config import ModelConfig
 from jaxllm.models.fitting import fit_to_shards
 from jaxllm.models.graph import LikeLayers, groups_of_like_layers, merge_module, split_module
 from jaxllm.models.parameters import ParameterSpec
-from pallas_kernels.ragged_paged_attention import Backend
+from pallas_kernels.ragged_paged_attention import Backend, cache_rows
 from sharding import DEFAULT_RULES, MeshAxes, partition_spec, sharded_top_k
 
 CACHE_AXES = ("layers", None, None, "kv_heads", None)
@@ -219,10 +219,10 @@ class Decoder:
         return specs
 
     def cache_spec(self, num_pages: int, page_size: int) -> ParameterSpec:
-        """The KV cache's shape and logical axes, as `ragged_paged_attention` has it."""
-        model = self.fitted
-        shape = (model.num_layers, num_pages, page_size, 2 * model.num_kv_heads, model.head_dim)
-        return ParameterSpec(shape, CACHE_AXES)
+        """The KV cache's shape and logical axes, as the attention backend would have it held."""
+        model, shards = self.fitted, 1 if self.form.mesh is None else self.form.mesh.shape["tensor"]
+        rows, width = cache_rows(self.form.attention_backend, model.num_kv_heads // shards, model.head_dim)
+        return ParameterSpec((model.num_layers, num_pages, page_size, rows * shards, width), CACHE_AXES)
 
     def __call__(
         self, params: dict[str, Any], kv_pages: jax.Array, inputs: TokenInputs, *, decode_only: bool = False

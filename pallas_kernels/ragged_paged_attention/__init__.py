@@ -26,6 +26,19 @@ Backend = Literal["reference", "xla", "tpu", "gpu"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 
 
+def cache_rows(backend: Backend, kv_heads: int, head_dim: int) -> tuple[int, int]:
+    """How a token's keys and values are best held for a backend: (rows, numbers in a row) of one page slot.
+
+    Hold the cache as [layers, pages, page_size, rows, width] and give the op a view of it, reshaped to [...,
+    2 * kv_heads, head_dim]: held otherwise, a TPU would copy it at every call.
+    """
+    if backend == "tpu":
+        tpu = importlib.import_module(f"{__name__}.tpu")
+        rows, width = tpu.page_rows(kv_heads, head_dim)
+        return rows, width
+    return 2 * kv_heads, head_dim
+
+
 def ragged_paged_attention(
     q: jax.Array,
     k: jax.Array,

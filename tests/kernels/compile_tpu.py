@@ -49,10 +49,15 @@ class Served:
         return (self.layers, self.num_pages, self.page_size, *rows)
 
 
-def sharding_on(chip: str) -> SingleDeviceSharding:
-    """Where the arrays of a program lie that is compiled for a chip."""
+def without_a_chip() -> None:
+    """Tells libtpu that it is here to compile."""
     for name, value in WITHOUT_A_CHIP.items():
         os.environ.setdefault(name, value)
+
+
+def sharding_on(chip: str) -> SingleDeviceSharding:
+    """Where the arrays of a program lie that is compiled for a chip."""
+    without_a_chip()
     device = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices[0]
     return SingleDeviceSharding(device)
 
