@@ -47,6 +47,10 @@ def choose_backend(requested: str | None, platform: str) -> Backend:
     Raises:
         ConfigError: an unknown backend was asked for, or one for another platform.
     """
+    if requested is None and platform == "tpu":
+        # The portable one would lay out the whole cache anew in every layer.
+        logger.info("attention backend: tpu (this is one; attention_backend='xla' is the portable one)")
+        return "tpu"
     if requested is None:
         logger.info("attention backend: xla (the portable one; others run where they are asked for)")
         return "xla"

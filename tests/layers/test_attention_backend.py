@@ -14,7 +14,9 @@ from pallas_kernels.ragged_paged_attention import BACKENDS
 
 def test_the_choice_is_logged_with_its_reason(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        assert choose_backend(None, "cpu") == "xla"
+        assert choose_backend(None, "cpu") == choose_backend(None, "gpu") == "xla"
+        assert choose_backend(None, "tpu") == "tpu"
+        assert choose_backend("xla", "tpu") == "xla"
         assert choose_backend("reference", "cpu") == "reference"
         assert choose_backend("tpu", "tpu") == "tpu"
     assert "xla (the portable one" in caplog.text
