@@ -340,3 +340,22 @@ def test_metrics_count(demo: DemoServer, client: openai.OpenAI) -> None:
     for name in ("time_to_first_token", "e2e_request_latency", "request_queue_time", "request_decode_time"):
         assert grown[f"jaxllm:{name}_seconds_count"] == 1, name
     assert grown["jaxllm:inter_token_latency_seconds_count"] == usage.completion_tokens - 1
+
+
+def test_the_engine_is_watched_at_work(demo: DemoServer, client: openai.OpenAI) -> None:
+    with httpx.stream("GET", f"{demo.url}/engine/events", timeout=8) as response:
+        messages = (json.loads(line[6:]) for line in response.iter_lines() if line.startswith("data: "))
+        snapshot = next(messages)
+        assert snapshot["type"] == "snapshot" and snapshot["limits"]["max_num_seqs"] == 16
+        asked = ask(client).usage
+        events: list[Any] = []
+        # An overlapped step, which was planned before the end was known, may come after it.
+        ends: list[Any] = []
+        while not ends:
+            events += next(messages)["events"]
+            ends = [
+                end for event in events for end in {"result": event[-2], "end": [event[-2]]}.get(event[0], ())
+            ]
+    assert [end[2] for end in ends] == [asked.completion_tokens]
+    kinds = [event[0] for event in events]
+    assert kinds[0] == "arrival" and kinds.count("plan") >= kinds.count("result") >= asked.completion_tokens
