@@ -15,7 +15,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 def test_they_are_there() -> None:
     names = {path.stem for path in NOTEBOOKS}
-    assert names >= {"quickstart", "one_request", "paged_attention", "scheduling_policies"}
+    assert names >= {"quickstart", "one_request", "paged_attention", "scheduling_policies", "sharding"}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
