@@ -120,7 +120,7 @@ def _compile_rest(
     """Compiles shapes one after the other for as long as anybody has the compiler, and it is not closed."""
     for shape in shapes:
         while not _background_turn.acquire(timeout=0.1):
-            if closed.is_set():
+            if closed.is_set() or owner() is None:
                 return
         try:
             compiler = owner()
