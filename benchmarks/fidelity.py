@@ -177,7 +177,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--max-num-seqs", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3, help="times that each step is recorded")
     parser.add_argument("--num-requests", type=int, default=60)
-    parser.add_argument("--rate", type=float, default=2.0, help="requests a second")
+    parser.add_argument("--rate", type=float, default=1.5, help="requests a second")
     parser.add_argument("--scale", type=float, default=0.125, help="of the workloads' lengths")
     add_output_arguments(parser)
     options = parser.parse_args(arguments)

@@ -143,7 +143,10 @@ class FittedCost:
         prices, _ = nnls(matrix / scale, np.ones(len(kept)))
         seconds_of_one = (prices / scale).tolist()
         shapes = dict(zip(column, seconds_of_one[: len(column)], strict=True))
-        return cls(shapes, Work(*seconds_of_one[len(column) :]))
+        cost = cls(shapes, Work(*seconds_of_one[len(column) :]))
+        # A relative error makes light of steps that took long; all together cost what they took.
+        priced = sum(cost.shapes[step.shape] + step.work.times(cost.prices) for step in kept)
+        return cost.scaled(float(seconds.sum()) / priced)
 
     def scaled(self, factor: float) -> FittedCost:
         """With every price so many times as high."""
