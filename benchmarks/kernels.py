@@ -217,6 +217,12 @@ def free_bytes() -> int:
     return free_memory(jax.devices()[0])[1]
 
 
+def layers_that_fit(layer: LayerShape, work: Work, dtype: Any) -> int:
+    """Layers of the cache that a quarter of the free memory holds, of those that are wanted."""
+    tokens = sum(cached + new for cached, new in work.sequences)
+    return min(MAX_LAYERS, free_bytes() // 4 // (layer.kv_bytes_per_token(dtype.itemsize) * tokens))
+
+
 def backends_here(dtype: Any) -> list[Backend]:
     """The backends that this machine can run, the oracle left out."""
     if jax.default_backend() == "tpu":
@@ -233,14 +239,13 @@ def run(options: argparse.Namespace, machine: Machine) -> Iterator[Timing]:
     pairs = [(layer, work) for layer in options.layer for work in options.work]
     for layer_name, work_name in tqdm(pairs, desc="Timing", unit="shape"):
         layer, work = LAYERS[layer_name], WORKS[work_name]
-        layer_bytes = layer.kv_bytes_per_token(dtype.itemsize) * sum(sum(s) for s in work.sequences)
         flops = work.flops(layer)
         num_bytes = layer.kv_bytes_per_token(dtype.itemsize) * (
             work.keys_read(layer.window) + work.num_tokens
         )
         num_bytes += 2 * work.num_tokens * layer.heads * layer.head_dim * dtype.itemsize
         floor = max(num_bytes / machine.copy_bandwidth, flops / machine.flops(dtype.name))
-        num_layers = min(MAX_LAYERS, free_bytes() // 4 // layer_bytes)
+        num_layers = layers_that_fit(layer, work, dtype)
         if num_layers < 1 or floor > options.longest:
             why = "its cache does not fit" if num_layers < 1 else f"it takes {floor:.1f} s at best"
             tqdm.write(f"{layer_name}, {work_name}: left out, {why}")

@@ -166,7 +166,7 @@ def print_fit(cost: FittedCost, steps: list[RecordedStep], title: str) -> None:
     rows: list[list[object]] = []
     for shape, seconds in sorted(cost.shapes.items()):
         own = [step for step in steps if step.shape == shape]
-        errors = [abs(_fitted(cost, step) / step.seconds - 1) for step in own]
+        errors = [abs(cost.price(step.shape, step.work) / step.seconds - 1) for step in own]
         kind = "decode" if shape.decode_only else "mixed"
         rows.append(
             [
@@ -184,16 +184,14 @@ def print_fit(cost: FittedCost, steps: list[RecordedStep], title: str) -> None:
     print_table(title, ["shape", "steps", "ms", "median error"], rows, note=note)
 
 
-def _fitted(cost: FittedCost, step: RecordedStep) -> float:
-    return cost.shapes[step.shape] + step.work.times(cost.prices)
-
-
 def draw(cost: FittedCost, steps: list[RecordedStep], path: Path) -> None:
     """Recorded against fitted: points on the diagonal are steps that the model knows."""
     picture, axes = figure(width=6, height=6)
     for decode_only, label in ((True, "decode"), (False, "mixed")):
         own = [step for step in steps if step.shape.decode_only == decode_only]
-        axes.plot([s.seconds for s in own], [_fitted(cost, s) for s in own], ".", label=label, alpha=0.5)
+        axes.plot(
+            [s.seconds for s in own], [cost.price(s.shape, s.work) for s in own], ".", label=label, alpha=0.5
+        )
     ends = [min(s.seconds for s in steps), max(s.seconds for s in steps)]
     axes.plot(ends, ends, color="black", linewidth=1)
     axes.set_xscale("log")

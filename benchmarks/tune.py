@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.kernels import MAX_LAYERS, Setting, backends_here, free_bytes, seconds_of
+from benchmarks.kernels import Setting, backends_here, layers_that_fit, seconds_of
 from benchmarks.report import add_output_arguments, print_table, write_json
 from pallas_kernels.ragged_paged_attention import BACKENDS, Backend, tpu_work, tuned, xla
 from pallas_kernels.ragged_paged_attention.shapes import LAYERS, WORKS, LayerShape
@@ -89,8 +89,7 @@ def tune(backend: Backend, layer_name: str, works: list[str], options: argparse.
     key = ""
     for name in works:
         work = WORKS[name]
-        cache = layer.kv_bytes_per_token(dtype.itemsize) * sum(sum(s) for s in work.sequences)
-        num_layers = min(MAX_LAYERS, free_bytes() // 4 // cache)
+        num_layers = layers_that_fit(layer, work, dtype)
         if num_layers < 1:
             tqdm.write(f"{layer_name}, {name}: left out, its cache does not fit")
             continue

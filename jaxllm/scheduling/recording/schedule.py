@@ -184,9 +184,7 @@ class Schedule:
             if step.seconds > 0
         ]
         shapes = [Shape(tokens, seqs, decodes) for tokens, seqs, decodes in self.header.get("shapes", ())]
-        fitted = FittedCost.fit(steps)
-        together = sum(fitted.shapes[step.shape] + step.work.times(fitted.prices) for step in steps)
-        return fitted.scaled(sum(step.seconds for step in steps) / together).extended(shapes)
+        return FittedCost.fit(steps).scaled_to(steps).extended(shapes)
 
     def _work(self, step: int) -> Work:
         work = Work.of_runs((row.start, row.num_tokens) for row in self.rows(step))

@@ -93,7 +93,11 @@ class FittedCost:
         Raises:
             ValueError: no shape holds the plan.
         """
-        return self.shapes[self.shape_of(plan)] + Work.of(plan).times(self.prices)
+        return self.price(self.shape_of(plan), Work.of(plan))
+
+    def price(self, shape: Shape, work: Work) -> float:
+        """Seconds of a step in a shape that is known."""
+        return self.shapes[shape] + work.times(self.prices)
 
     def shape_of(self, plan: Plan) -> Shape:
         """The smallest shape that holds a plan, as the engine chooses it."""
@@ -145,11 +149,13 @@ class FittedCost:
         shapes = dict(zip(column, seconds_of_one[: len(column)], strict=True))
         cost = cls(shapes, Work(*seconds_of_one[len(column) :]))
         # A relative error makes light of steps that took long; all together cost what they took.
-        priced = sum(cost.shapes[step.shape] + step.work.times(cost.prices) for step in kept)
-        return cost.scaled(float(seconds.sum()) / priced)
+        return cost.scaled_to(kept)
 
-    def scaled(self, factor: float) -> FittedCost:
-        """With every price so many times as high."""
+    def scaled_to(self, steps: Sequence[RecordedStep]) -> FittedCost:
+        """With every price so many times as high that steps cost together what they took."""
+        factor = sum(step.seconds for step in steps) / sum(
+            self.price(step.shape, step.work) for step in steps
+        )
         shapes = {shape: factor * price for shape, price in self.shapes.items()}
         return FittedCost(shapes, Work(*(factor * price for price in self.prices)))
 
