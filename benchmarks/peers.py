@@ -9,7 +9,7 @@ import subprocess
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from benchmarks.workloads import Prompts
 
@@ -31,11 +31,55 @@ class PeerError(RuntimeError):
     """A peer's process ended before it answered; the message holds the end of what it printed."""
 
 
-class Peer:
-    """One running engine; a context manager.
+class EngineProcess:
+    """A process that leads a group of its own, stopped while another engine has its turn; a context manager.
 
-    An engine is stopped (SIGSTOP, with all its processes) whenever it is not asked anything, since some
-    keep the cores busy while they wait, which the others would pay for.
+    Some engines keep the cores busy while they wait, which the others would pay for.
+    """
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+
+    def pause(self) -> None:
+        """Stops it, with all its processes."""
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Lets it run again."""
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: signal.Signals) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
+
+    def _ask_to_end(self) -> None:
+        """What makes it end of its own accord."""
+        self._signal(signal.SIGTERM)
+
+    def close(self) -> None:
+        """Ends it: first by asking, then less gently."""
+        self.resume()
+        self._ask_to_end()
+        try:
+            self._process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self._signal(signal.SIGKILL)
+            self._process.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class Peer(EngineProcess):
+    """One running engine, which is stopped whenever it is not asked anything.
 
     Args:
         name: a key of `ENVIRONMENTS`; `benchmarks/peer_<name>.py` is what runs.
@@ -49,7 +93,7 @@ class Peer:
         # What is set outside wins over our choice.
         environment = {**ENVIRONMENTS[name], **os.environ, "PYTHONUNBUFFERED": "1"}
         with log.open("w") as output:
-            self._process = subprocess.Popen(
+            process = subprocess.Popen(
                 [python, "-m", f"benchmarks.peer_{name}"],
                 cwd=ROOT,
                 env=environment,
@@ -59,6 +103,7 @@ class Peer:
                 text=True,
                 start_new_session=True,  # its processes are one group
             )
+        super().__init__(process)
 
     def load(self, **options: Any) -> tuple[str, float]:
         """Loads a model; returns the engine's name with its version, and the seconds it took."""
@@ -80,7 +125,7 @@ class Peer:
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._signal(signal.SIGCONT)
+        self.resume()
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
@@ -91,34 +136,17 @@ class Peer:
             code = self._process.wait(timeout=60)
             tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-15:])
             raise PeerError(f"{self.name} ended with exit code {code}:\n{tail}")
-        self._signal(signal.SIGSTOP)
+        self.pause()
         reply: dict[str, Any] = json.loads(line)
         return reply
 
-    def _signal(self, number: signal.Signals) -> None:
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, number)
+    def _ask_to_end(self) -> None:
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
 
     def close(self) -> None:
         """Ends the process: first by ending its input, then less gently."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._signal(signal.SIGCONT)
-        with suppress(BrokenPipeError):
-            self._process.stdin.close()
-        try:
-            self._process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            self._signal(signal.SIGKILL)
-            self._process.wait()
+        super().close()
+        assert self._process.stdout is not None
         self._process.stdout.close()
-
-    def __enter__(self) -> Peer:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import time
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 
 import httpx
 
-from benchmarks.peers import ENVIRONMENTS, ROOT
+from benchmarks.peers import ENVIRONMENTS, ROOT, EngineProcess
 
 COMMANDS = {
     "jaxllm": ["-m", "jaxllm.serve"],
@@ -28,8 +26,8 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-class Server:
-    """A running server; a context manager. `url` is where it listens.
+class Server(EngineProcess):
+    """A running server. `url` is where it listens.
 
     Args:
         name: a key of `COMMANDS`.
@@ -52,14 +50,16 @@ class Server:
         where = ["--host", "127.0.0.1", "--port", str(port)]
         began = time.monotonic()
         with log.open("w") as output:
-            self._process = subprocess.Popen(
+            process = subprocess.Popen(
                 [python, *COMMANDS[name], model, *where, *flags],
                 cwd=ROOT,
                 env={**ENVIRONMENTS[name], **os.environ, "PYTHONUNBUFFERED": "1"},
                 stdout=output,
                 stderr=subprocess.STDOUT,
+                text=True,
                 start_new_session=True,
             )
+        super().__init__(process)
         while not self._is_ready():
             if self._process.poll() is not None or time.monotonic() - began > seconds:
                 self.close()
@@ -72,36 +72,3 @@ class Server:
         with suppress(httpx.HTTPError):
             return httpx.get(f"{self.url}/health", timeout=5).status_code == 200
         return False
-
-    def pause(self) -> None:
-        """Keeps it off the cores, which some servers use while they wait."""
-        self._signal(signal.SIGSTOP)
-
-    def resume(self) -> None:
-        """Lets it run again."""
-        self._signal(signal.SIGCONT)
-
-    def _signal(self, number: signal.Signals) -> None:
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, number)
-
-    def close(self) -> None:
-        """Ends it: first as an operator would, then less gently."""
-        self.resume()
-        self._signal(signal.SIGTERM)
-        try:
-            self._process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            self._signal(signal.SIGKILL)
-            self._process.wait()
-
-    def __enter__(self) -> Server:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
