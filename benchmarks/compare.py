@@ -6,25 +6,29 @@
 Both engines load the same checkpoint of random weights, each in a process of its own, with prefix caching
 where they have it, and decode greedily to a fixed length. Prompts are fresh in every run, so that only the
 sharing a row states can hit. The figure of a row is the median of its runs; a ratio above 1 means that
-jaxllm is faster.
+jaxllm is faster. "at the ceilings" is the ratio that an engine would reach which does nothing but what the
+workload needs (`benchmarks.cost`) at the bandwidth and FLOP/s measured here before the engines start.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.checkpoint import write_checkpoint
+from benchmarks.cost import ModelCost
+from benchmarks.machine import Machine, measure
 from benchmarks.peers import Peer
 from benchmarks.report import add_output_arguments, figure, print_table, save, write_json
 from benchmarks.shapes import SHAPES
 from benchmarks.workloads import STANDARD, Workload, parse_workload
+from jaxllm.models.families import translate_config
 
 
 @dataclass(slots=True)
@@ -46,7 +50,9 @@ class Comparison:
     dtype: str
     engines: list[str]
     load_seconds: list[float]
+    machine: Machine
     workloads: list[Workload]
+    fastest_seconds: list[float]
     runs: list[list[Measured]]
 
     def ratio(self, row: int) -> float:
@@ -54,8 +60,12 @@ class Comparison:
         ours, theirs = self.runs[row]
         return theirs.median / ours.median
 
-    def geometric_mean(self) -> float:
-        return math.exp(statistics.fmean(math.log(self.ratio(row)) for row in range(len(self.workloads))))
+    def bound(self, row: int) -> float:
+        """How many times as fast as the peer an engine at the machine's ceilings would be."""
+        return self.runs[row][1].median / self.fastest_seconds[row]
+
+    def geometric_mean(self, of: Callable[[int], float]) -> float:
+        return statistics.geometric_mean(of(row) for row in range(len(self.workloads)))
 
 
 def compare(
@@ -69,6 +79,8 @@ def compare(
     max_num_batched_tokens: int | None = None,
 ) -> Comparison:
     """Loads the engines one after the other, then runs each workload in turn on each of them."""
+    machine = measure()
+    cost = ModelCost.from_config(translate_config(SHAPES[shape]), dtype)
     max_model_len = max(w.input_len + w.output_len for w in workloads)
     max_num_seqs = max(w.num_prompts for w in workloads)
     engines, load_seconds = [], []
@@ -96,13 +108,18 @@ def compare(
                     measured.seconds.append(seconds)
         medians = ", ".join(f"{e} {m.median:.2f} s" for e, m in zip(engines, runs[row], strict=True))
         print(f"{workload}: {medians}", flush=True)
-    return Comparison(shape, dtype, engines, load_seconds, workloads, runs)
+    # The largest steps there could be: fewer of them read the weights less often.
+    budget = max_num_batched_tokens or max(w.num_prompts * w.input_len for w in workloads)
+    fastest = [
+        cost.workload(w, max_num_batched_tokens=budget).fastest_seconds(machine, dtype) for w in workloads
+    ]
+    return Comparison(shape, dtype, engines, load_seconds, machine, workloads, fastest, runs)
 
 
 def print_comparison(result: Comparison) -> None:
     columns = ["prompts x in -> out", *(f"{engine}, tok/s" for engine in result.engines)]
     if len(result.engines) == 2:
-        columns += ["ratio", "spread of runs"]
+        columns += ["ratio", "at the ceilings", "spread of runs"]
     rows: list[list[object]] = []
     for row, (workload, runs) in enumerate(zip(result.workloads, result.runs, strict=True)):
         # Where next to nothing is generated, the prompt is what takes the time.
@@ -112,12 +129,14 @@ def print_comparison(result: Comparison) -> None:
         cells += [f"{tokens / measured.median:,.1f}" for measured in runs]
         if len(runs) == 2:
             spread = " / ".join(f"{_spread(measured):.0%}" for measured in runs)
-            cells += [f"{result.ratio(row):.2f}", spread]
+            cells += [f"{result.ratio(row):.2f}", f"{result.bound(row):.2f}", spread]
         rows.append(cells)
     starts = ", ".join(f"{e} {s:.1f} s" for e, s in zip(result.engines, result.load_seconds, strict=True))
-    print_table(f"{result.shape}, {result.dtype}", columns, rows, note=f"start: {starts}")
+    note = f"start: {starts}; ceilings: {result.machine.describe()}"
+    print_table(f"{result.shape}, {result.dtype}", columns, rows, note=note)
     if len(result.engines) == 2:
-        print(f"geometric mean of the ratios: {result.geometric_mean():.2f}")
+        mean, bound = result.geometric_mean(result.ratio), result.geometric_mean(result.bound)
+        print(f"geometric mean of the ratios: {mean:.2f}; at the ceilings {bound:.2f}")
 
 
 def _spread(measured: Measured) -> float:
@@ -133,7 +152,9 @@ def draw(result: Comparison, path: Path) -> None:
     axes.axvline(1, color="black", linewidth=1)
     axes.invert_yaxis()
     axes.set_xlabel(f"{result.engines[0]} is so many times as fast as {result.engines[1]}")
-    axes.set_title(f"{result.shape}, {result.dtype}; geometric mean {result.geometric_mean():.2f}")
+    axes.set_title(
+        f"{result.shape}, {result.dtype}; geometric mean {result.geometric_mean(result.ratio):.2f}"
+    )
     save(picture, path)
 
 
