@@ -108,8 +108,7 @@ class StepTimer:
 
     def _executable(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def executable(*args: Any) -> Any:
-            shape, run = call(*args)
-            return shape, self._timed("launch", run)
+            return self._timed("launch", call(*args))
 
         return executable
 
@@ -132,7 +131,7 @@ class _TimedResult:
         self.shape = pending.shape
 
     def result(self) -> Any:
-        self._timer._timed("wait", self._pending._output.token_ids.block_until_ready)()
+        self._timer._timed("wait", self._pending._output().token_ids.block_until_ready)()
         return self._timer._timed("unpack", self._pending.result)()
 
 

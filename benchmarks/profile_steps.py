@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -38,25 +38,18 @@ class StepRecorder:
     def __init__(self, llm: LLM) -> None:
         self.steps: list[RecordedStep] = []
         self._runner = runner = llm.llm_engine.runner
-        self._shape = Shape(0, 0, False)
         self._last_end = 0.0
-        self._execute, self._executable = runner.execute, runner.compiler.executable
+        self._execute = runner.execute
         runner.execute = self._timed  # type: ignore[method-assign]
-        runner.compiler.executable = self._noted  # type: ignore
 
     def close(self) -> None:
         self._runner.execute = self._execute  # type: ignore[method-assign]
-        self._runner.compiler.executable = self._executable  # type: ignore
-
-    def _noted(self, *arguments: Any) -> Any:
-        shape, run = self._executable(*arguments)
-        self._shape = Shape(shape.num_tokens, shape.num_seqs, shape.decode_only)
-        return shape, run
 
     def _timed(self, plan: Plan) -> PendingResult:
         launched = time.perf_counter()
         pending = self._execute(plan)
-        shape, wait = self._shape, pending.result
+        num_tokens, num_seqs, _, decode_only = pending.shape
+        shape, wait = Shape(num_tokens, num_seqs, decode_only), pending.result
 
         def result() -> StepResult:
             answer = wait()

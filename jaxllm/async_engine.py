@@ -194,6 +194,15 @@ class AsyncEngine:
         with contextlib.suppress(EngineDeadError):  # The end of the engine ended every request.
             self._send(_Command(lambda: self._abort(ids)), new_work=False)
 
+    def fail(self, error: EngineDeadError) -> None:
+        """End the engine with an error of which it learns nothing by itself while it has nothing to do."""
+
+        def run() -> None:
+            raise error
+
+        with contextlib.suppress(EngineDeadError):  # It has ended already.
+            self._send(_Command(run), new_work=False)
+
     def stats(self) -> EngineStats:
         """What the engine counted so far; read it, do not change it."""
         return self.engine.stats()
@@ -316,6 +325,9 @@ class AsyncEngine:
                 return False
             try:
                 command.run()
+            except EngineDeadError as error:
+                command.fail(error)
+                raise
             except JaxLLMError as error:
                 command.fail(error)
             except BaseException as error:

@@ -73,6 +73,14 @@ class EngineConfig:
             its name ends in .gz.
         record_trace: file that every request is written to as it ends, for `python -m jaxllm.simulate
             --trace`; lengths, times and hashes, no text.
+        nnodes: hosts that share the model, each started with the same command and a node_rank of its own.
+        node_rank: which of the hosts this is; host 0 serves, the others do what it says.
+        master_addr: address of host 0 that the others reach.
+        master_port: port of host 0 that the others reach; the next one is taken, too.
+        distributed_executor_backend: "ray" starts the other hosts through a Ray cluster that runs; "mp" is
+            hosts that are started by hand, "uni" is one host.
+        distributed_timeout_seconds: how long to wait for hosts to come and to load, and for a step of theirs;
+            600 unless given.
         forbid_recompile: raise instead of compiling after warm-up.
         compilation_cache_dir: where compiled steps persist; "" turns the cache off.
     """
@@ -115,6 +123,12 @@ class EngineConfig:
     async_scheduling: bool = True
     record_schedule: str | None = None
     record_trace: str | None = None
+    nnodes: int = 1
+    node_rank: int = 0
+    master_addr: str = "127.0.0.1"
+    master_port: int = 29501
+    distributed_executor_backend: Literal["uni", "mp", "ray"] | None = None
+    distributed_timeout_seconds: int | None = None
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     data_parallel_size: int = 1
@@ -174,7 +188,6 @@ NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "device": ("auto",),
     "kv_cache_dtype": ("auto",),
     "prefix_caching_hash_algo": (),
-    "distributed_executor_backend": ("uni",),
     "quantization": (),
     "quantization_config": (),
     "enable_lora": (),
@@ -200,7 +213,6 @@ NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "code_revision": (),
     "scheduler_cls": (),
     "worker_cls": ("auto",),
-    "nnodes": (1,),
 }
 
 

@@ -5,29 +5,29 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import jax
 
 from jaxllm.config import EngineConfig, SchedulerConfig
-from jaxllm.errors import ConfigError, InvalidRequestError
-from jaxllm.execution.build import build_runner
+from jaxllm.errors import ConfigError, EngineDeadError, InvalidRequestError
+from jaxllm.execution.build import build_runner, read_model
+from jaxllm.execution.hosts.connect import connected_hosts, execute_on_hosts
+from jaxllm.execution.hosts.group import HostGroup
 from jaxllm.execution.platform import current_platform
 from jaxllm.execution.resolve import resolve
 from jaxllm.execution.runner import PendingResult, Runner
 from jaxllm.input_processor import InputProcessor
 from jaxllm.inputs import PromptType
 from jaxllm.models.config import ModelConfig
-from jaxllm.models.families import translate_config
-from jaxllm.models.hub import read_config, read_generation_config, resolve_model
-from jaxllm.models.pooler_fields import resolve_pooling
+from jaxllm.models.hub import read_generation_config
 from jaxllm.output_processor import OutputProcessor
 from jaxllm.outputs import RequestOutput
 from jaxllm.pooling_processor import PoolingProcessor
 from jaxllm.request import NO_TERMS, Request, RequestStatus, SchedulingTerms
 from jaxllm.sampling_params import SamplingParams
-from jaxllm.scheduling import Scheduler, load_policy
+from jaxllm.scheduling import Scheduler, SchedulingPolicy, load_policy
 from jaxllm.scheduling.plan import Plan, RequestUpdate
 from jaxllm.scheduling.recording.lines import check_writable
 from jaxllm.scheduling.recording.recorder import Recorder, TraceRecorder
@@ -108,18 +108,18 @@ class Engine:
         Raises:
             ConfigError, UnsupportedError, ModelNotFoundError, CheckpointError, InsufficientMemoryError:
                 what their names say, with what to do about it.
+            HostError: another host did not come, or failed.
         """
         policy = load_policy(config.scheduling_policy, config.scheduling_config)
         for name in ("record_schedule", "record_trace"):
             if getattr(config, name) is not None:
                 check_writable(getattr(config, name), name)
-        path = resolve_model(config.model, config.revision, config.download_dir)
-        model_config = translate_config(read_config(path), config.hf_overrides)
-        model_config = resolve_pooling(
-            model_config, path, runner=config.runner, convert=config.convert, overrides=config.pooler_config
-        )
-        if config.disable_sliding_window:
-            model_config = model_config.without_windows()
+        with connected_hosts(config) as hosts:
+            return cls._load(config, policy, hosts)
+
+    @classmethod
+    def _load(cls, config: EngineConfig, policy: SchedulingPolicy, hosts: HostGroup | None) -> Engine:
+        path, model_config = read_model(config)
         platform = current_platform()
         config = resolve(config, model_config, platform)
         tokenizer = None
@@ -132,8 +132,10 @@ class Engine:
             )
         input_processor = InputProcessor(tokenizer, model_config, config, read_generation_config(path))
         runner, num_pages = build_runner(
-            config, model_config, path, platform, progress=not config.disable_log_stats
+            config, model_config, path, platform, progress=not config.disable_log_stats, hosts=hosts
         )
+        if hosts is not None:
+            execute_on_hosts(runner, hosts, config)
         scheduler = Scheduler(
             SchedulerConfig(
                 max_num_seqs=config.max_num_seqs or 1,
@@ -331,6 +333,10 @@ class Engine:
             jax.profiler.stop_trace()
         except RuntimeError as error:
             raise ConfigError(f"There is no profile to stop ({error}); call start_profile first.") from error
+
+    def on_failure(self, callback: Callable[[EngineDeadError], None]) -> None:
+        """Has somebody told, from any thread, when another host is gone; the next `step` raises it."""
+        self.runner.executor.on_failure(callback)
 
     def shutdown(self) -> None:
         """Stops background compilation and recording; the engine takes no further steps."""

@@ -61,5 +61,9 @@ class EngineDeadError(JaxLLMError, RuntimeError):
     """The engine stopped after an error; it takes no more requests."""
 
 
+class HostError(EngineDeadError):
+    """A host that shares the model never came, is gone, hangs, or has fallen out of step."""
+
+
 class RecompilationError(JaxLLMError, RuntimeError):
     """The step was compiled after warm-up while `forbid_recompile` was set."""

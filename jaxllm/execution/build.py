@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from jaxllm.config import EngineConfig
 from jaxllm.errors import ConfigError
+from jaxllm.execution.hosts.startup import Hosts, agree_on_model
 from jaxllm.execution.memory import num_host_pages, num_kv_pages
 from jaxllm.execution.platform import Platform
 from jaxllm.execution.pooling import PoolingRunner
@@ -20,15 +21,34 @@ from jaxllm.execution.runner import Runner
 from jaxllm.layers.attention import choose_backend
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.decoder import Decoder, DecoderForm
+from jaxllm.models.families import translate_config
 from jaxllm.models.fitting import shard_of, shard_specs
+from jaxllm.models.hub import read_config, resolve_model
 from jaxllm.models.loader import load_parameters
-from sharding import ShardingError, make_mesh
+from jaxllm.models.pooler_fields import resolve_pooling
+from sharding import ShardingError, check_every_host_takes_part, make_mesh
 
 logger = logging.getLogger(__name__)
 
 
+def read_model(config: EngineConfig) -> tuple[Path, ModelConfig]:
+    """The directory of a model, and its architecture with what the configuration changes about it."""
+    path = resolve_model(config.model, config.revision, config.download_dir)
+    model = translate_config(read_config(path), config.hf_overrides)
+    model = resolve_pooling(
+        model, path, runner=config.runner, convert=config.convert, overrides=config.pooler_config
+    )
+    return path, model.without_windows() if config.disable_sliding_window else model
+
+
 def build_runner(
-    config: EngineConfig, model: ModelConfig, path: Path, platform: Platform, *, progress: bool
+    config: EngineConfig,
+    model: ModelConfig,
+    path: Path,
+    platform: Platform,
+    *,
+    progress: bool,
+    hosts: Hosts | None = None,
 ) -> tuple[Runner, int]:
     """A runner ready for its first plan, and the number of KV pages it has.
 
@@ -36,6 +56,7 @@ def build_runner(
         config: resolved.
         path: the model's directory.
         progress: show progress bars of loading and compiling.
+        hosts: those that share the model, all of which build a runner; None where this one has it all.
     """
     use_compilation_cache(config.compilation_cache_dir)
     mesh = _mesh(config)
@@ -51,7 +72,9 @@ def build_runner(
     decoder = Decoder(model, form)
     specs = decoder.parameter_specs()
     shard = shard_of(decoder.fitted, mesh.shape["tensor"], expert_parallel=config.enable_expert_parallel)
-    num_pages = num_kv_pages(config, shard, form.dtype, shard_specs(specs, mesh), list(mesh.devices.flat))
+    num_pages = num_kv_pages(config, shard, form.dtype, shard_specs(specs, mesh), list(mesh.local_devices))
+    if hosts is not None:
+        num_pages = min(hosts.gather("pages of the KV cache", num_pages))
     runner = (Runner if model.pooler is None else PoolingRunner)(
         decoder,
         num_pages=num_pages,
@@ -66,6 +89,8 @@ def build_runner(
         compile_all=config.forbid_recompile,
     )
     try:
+        if hosts is not None:
+            agree_on_model(hosts, config, model, path, runner.compiler.shapes)
         load = functools.partial(
             load_parameters,
             path,
@@ -80,6 +105,8 @@ def build_runner(
         )
         runner.start(load(), progress=progress)
         runner.load = load
+        if hosts is not None:
+            hosts.gather("ready", True)
     except BaseException:
         runner.close()
         raise
@@ -93,10 +120,10 @@ def _mesh(config: EngineConfig) -> Mesh:
         ConfigError: there are not so many.
     """
     tensor = config.tensor_parallel_size
-    if tensor == 1:
-        return make_mesh(devices=jax.devices()[:1])
     try:
-        return make_mesh(tensor=tensor)
+        mesh = make_mesh(devices=jax.devices()[:1]) if tensor == 1 else make_mesh(tensor=tensor)
+        check_every_host_takes_part(mesh)
+        return mesh
     except ShardingError as error:
         raise ConfigError(f"tensor_parallel_size={tensor}: {error}.", param="tensor_parallel_size") from error
 

@@ -30,7 +30,10 @@ class StepCompiler:
 
     Attributes:
         shapes: every shape, compiled or not yet.
+        admits: whether a shape that is ready here may be chosen; other hosts may not have it yet.
     """
+
+    admits: Callable[[StepShape], bool] | None = None
 
     def __init__(
         self, compile_step: Callable[[StepShape], Any], shapes: Sequence[StepShape], *, complete: bool
@@ -86,19 +89,30 @@ class StepCompiler:
         """Shapes that are compiled."""
         return len(self._ready)
 
-    def executable(self, num_tokens: int, num_seqs: int, decode_only: bool) -> tuple[StepShape, Any]:
-        """The cheapest ready step that a plan fits into.
+    def is_ready(self, shape: StepShape) -> bool:
+        """Whether a shape is compiled."""
+        return shape in self._ready
+
+    def choose(self, num_tokens: int, num_seqs: int, decode_only: bool) -> StepShape:
+        """The cheapest ready shape that a plan fits into.
 
         Raises:
             RecompilationError: there is none, although every shape was to be compiled ahead.
         """
-        shape = choose(list(self._ready), num_tokens, num_seqs, decode_only)
+        ready = list(self._ready)
+        if self.admits is not None:
+            ready = [shape for shape in ready if self.admits(shape)]
+        shape = choose(ready, num_tokens, num_seqs, decode_only)
         if shape is None:
             raise RecompilationError(
                 f"no compiled step takes {num_tokens} tokens of {num_seqs} sequences; the scheduler must "
                 f"keep within max_num_batched_tokens and max_num_seqs; the largest is {self.shapes[0]}."
             )
-        return shape, self._ready[shape]
+        return shape
+
+    def executable(self, shape: StepShape) -> Any:
+        """The step of a shape that is ready."""
+        return self._ready[shape]
 
     def close(self) -> None:
         """Starts no further compilation, and waits for those under way."""

@@ -95,24 +95,24 @@ def pooling_step(
 class PendingPooling:
     """A step that was launched; `result` waits for the device. Attributes are those of `PendingResult`."""
 
-    def __init__(self, plan: Plan, shape: StepShape, output: PoolingStepOutput) -> None:
+    def __init__(self, plan: Plan, shape: StepShape, output: Callable[[], PoolingStepOutput]) -> None:
         self.shape = shape
         self._plan = plan
         self._output = output
 
     def result(self) -> StepResult:
         """The vectors of prompts that are complete, and those of tokens that somebody asked for."""
-        scheduled = self._plan.scheduled
+        scheduled, output = self._plan.scheduled, self._output()
         result = StepResult([[] for _ in scheduled], [None] * len(scheduled))
         pooled = tokens = None
         row = 0
         for index, entry in enumerate(scheduled):
             params = entry.request.pooling_params
             if params is not None and params.per_token:
-                tokens = np.asarray(self._output.tokens, np.float32) if tokens is None else tokens
+                tokens = np.asarray(output.tokens, np.float32) if tokens is None else tokens
                 result.pooled[index] = tokens[row : row + entry.num_tokens].copy()
             elif entry.samples:
-                pooled = np.asarray(self._output.pooled, np.float32) if pooled is None else pooled
+                pooled = np.asarray(output.pooled, np.float32) if pooled is None else pooled
                 result.pooled[index] = pooled[index].copy()
             row += entry.num_tokens
         return result
@@ -138,6 +138,11 @@ class PoolingRunner(Runner):
         pass  # There are no sampling parameters to write.
 
     def _pending(
-        self, plan: Plan, shape: StepShape, output: Any, wants_logprobs: bool, prompt_rows: dict[int, int]
+        self,
+        plan: Plan,
+        shape: StepShape,
+        output: Callable[[], Any],
+        wants_logprobs: bool,
+        prompt_rows: dict[int, int],
     ) -> Any:
         return PendingPooling(plan, shape, output)

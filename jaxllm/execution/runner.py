@@ -20,11 +20,23 @@ from jaxllm.execution.abstract import (
 )
 from jaxllm.execution.batch import FLOATS, INTEGERS, HostBatch, StepShape
 from jaxllm.execution.buckets import step_shapes
+from jaxllm.execution.commands import (
+    Command,
+    CopyPages,
+    Executor,
+    InProcess,
+    RunStep,
+    SleepAt,
+    WakeUp,
+    WriteBias,
+    WriteCounts,
+)
 from jaxllm.execution.compiler import StepCompiler
 from jaxllm.execution.host_pages import HostPages
 from jaxllm.execution.sampler import Logprobs, LogprobsMode, SamplerState
 from jaxllm.execution.sleep import Sleep
 from jaxllm.execution.slots import SlotTable
+from jaxllm.execution.state_rows import StateRows
 from jaxllm.execution.step import StepOutput, step
 from jaxllm.execution.token_masks import TokenMasks
 from jaxllm.models.decoder import Decoder
@@ -45,7 +57,7 @@ class PendingResult:
         self,
         plan: Plan,
         shape: StepShape,
-        output: StepOutput,
+        output: Callable[[], StepOutput],
         wants_logprobs: bool,
         prompt_rows: dict[int, int],
     ) -> None:
@@ -57,21 +69,21 @@ class PendingResult:
 
     def result(self) -> StepResult:
         """The sampled tokens, and the log-probabilities that somebody asked for."""
-        scheduled = self._plan.scheduled
-        sampled = np.asarray(self._output.token_ids).tolist()
+        scheduled, output = self._plan.scheduled, self._output()
+        sampled = np.asarray(output.token_ids).tolist()
         token_ids = [
             [token] if entry.samples else [] for entry, token in zip(scheduled, sampled, strict=False)
         ]
         logprobs: list[list[TokenLogprobs] | None] = [None] * len(scheduled)
         if self._wants_logprobs:
-            rows = _LogprobRows(self._output.logprobs)
+            rows = _LogprobRows(output.logprobs)
             for row, entry in enumerate(scheduled):
                 wanted = entry.request.sampling_params.logprobs
                 if wanted is not None and entry.samples:
                     logprobs[row] = [rows.at(row, wanted)]
         result = StepResult(token_ids, logprobs)
-        if self._prompt_rows and self._output.prompt_logprobs is not None:
-            rows = _LogprobRows(self._output.prompt_logprobs)
+        if self._prompt_rows and output.prompt_logprobs is not None:
+            rows = _LogprobRows(output.prompt_logprobs)
             for row, first in self._prompt_rows.items():
                 entry = scheduled[row]
                 count = min(entry.num_tokens, entry.request.num_prompt_tokens - 1 - entry.start)
@@ -96,6 +108,9 @@ class _LogprobRows:
 class Runner:
     """The device's side of an engine: parameters, KV cache, sampler state and compiled steps.
 
+    `execute` and whatever else its owner calls turn into commands, which `executor` has done by `run`:
+    of this runner, and where several hosts share a model, of the runner of each.
+
     Args:
         decoder: the model's graph. Steps compile from the moment there is a runner, while the weights
             are still loading.
@@ -106,9 +121,11 @@ class Runner:
 
     Attributes:
         load: loads the parameters again, for a runner that slept without them.
+        executor: has commands done.
     """
 
     load: Callable[[], Parameters]
+    executor: Executor
 
     def __init__(
         self,
@@ -126,6 +143,7 @@ class Runner:
         compile_all: bool,
     ) -> None:
         model = decoder.config
+        self.executor = InProcess(self.run)
         self._decoder = decoder
         self._num_logprobs = min(num_logprobs, model.vocab_size)
         self._logprobs_mode = logprobs_mode
@@ -164,10 +182,15 @@ class Runner:
 
     def _warm_up(self) -> None:
         """Compiles what runs beside the steps."""
-        self._slots.warm_up(self._state)
+        self._rows = StateRows(self._state, self._decoder.fitted.vocab_size)
 
     def _pending(
-        self, plan: Plan, shape: StepShape, output: Any, wants_logprobs: bool, prompt_rows: dict[int, int]
+        self,
+        plan: Plan,
+        shape: StepShape,
+        output: Callable[[], Any],
+        wants_logprobs: bool,
+        prompt_rows: dict[int, int],
     ) -> PendingResult:
         """What waits for a step's output."""
         return PendingResult(plan, shape, output, wants_logprobs, prompt_rows)
@@ -197,23 +220,52 @@ class Runner:
         """Launches a plan and returns without waiting for the device."""
         for request in plan.released:
             self._slots.release(request)
-        if self._host_pages is not None:
-            self._kv_pages = self._host_pages.copy(self._kv_pages, plan.copies_out, plan.copies_in)
-        self._state = self._slots.admit(self._state, plan.scheduled)
+        if plan.copies_out or plan.copies_in:
+            self.executor.launch(CopyPages(plan.copies_out, plan.copies_in))
+        for write in self._slots.admit(plan.scheduled):
+            self.executor.launch(write)
         reports_prompt = [
             entry.request.sampling_params.prompt_logprobs is not None
             and entry.start < entry.request.num_prompt_tokens - 1
             for entry in plan.scheduled
         ]
         decode_only = plan.num_tokens == len(plan.scheduled) and not any(reports_prompt)
-        shape, run = self.compiler.executable(plan.num_tokens, len(plan.scheduled), decode_only)
+        shape = self.compiler.choose(plan.num_tokens, len(plan.scheduled), decode_only)
         batch, wants_logprobs, prompt_rows = self._pack(plan.scheduled, shape, reports_prompt)
-        masks, has_masks = self._masks.of(plan.scheduled, shape.num_seqs)
-        batch.flags[:] = wants_logprobs, bool(prompt_rows), has_masks
-        self._kv_pages, self._state, output = run(
-            self._params, self._kv_pages, self._state, batch.integers, batch.floats, masks
-        )
+        masks = self._masks.of(plan.scheduled, shape.num_seqs)
+        batch.flags[:] = wants_logprobs, bool(prompt_rows), masks is not None
+        output = self.executor.launch(RunStep(shape, batch.integers, batch.floats, masks))
         return self._pending(plan, shape, output, wants_logprobs, prompt_rows)
+
+    def run(self, command: Command) -> Any:
+        """Does a command on the devices of this process, without waiting for them.
+
+        Returns:
+            The output of a step; of `WakeUp` whether all is awake; otherwise None.
+        """
+        match command:
+            case RunStep(shape, integers, floats, masks):
+                run = self.compiler.executable(shape)
+                if masks is None:
+                    masks = self._masks.unused(shape.num_seqs)
+                arrays = (self._params, self._kv_pages, self._state)
+                self._kv_pages, self._state, output = run(*arrays, integers, floats, masks)
+                return output
+            case WriteCounts() | WriteBias():
+                self._state = self._rows.write(self._state, command)
+            case CopyPages(out, into):
+                assert self._host_pages is not None  # Nobody plans copies otherwise.
+                self._kv_pages = self._host_pages.copy(self._kv_pages, out, into)
+            case SleepAt(level):
+                weights_stay = level == 1
+                self._sleep = Sleep(self._params, self._kv_pages, keep_weights=weights_stay, load=self.load)
+                del self._params, self._kv_pages
+            case WakeUp(tags):
+                if self._sleep is not None and (awake := self._sleep.wake(tags)) is not None:
+                    self._params, self._kv_pages = awake
+                    self._sleep = None
+                return self._sleep is None
+        return None
 
     def _pack(
         self, scheduled: Sequence[ScheduledRequest], shape: StepShape, reports_prompt: list[bool]
@@ -270,17 +322,14 @@ class Runner:
 
     def sleep(self, level: int) -> None:
         """Lets go of the cache and, to the host's memory (level 1) or for good (level 2), of the weights."""
-        self._sleep = Sleep(self._params, self._kv_pages, keep_weights=level == 1, load=self.load)
-        del self._params, self._kv_pages
+        self.executor.launch(SleepAt(level))()
 
     def wake_up(self, tags: Collection[str] | None = None) -> bool:
         """Brings back what the tags name, see `Sleep`; whether the runner is awake then."""
-        if self._sleep is not None and (arrays := self._sleep.wake(tags)) is not None:
-            self._params, self._kv_pages = arrays
-            self._sleep = None
-        return self._sleep is None
+        return self.executor.launch(WakeUp(None if tags is None else tuple(tags)))()
 
     def close(self) -> None:
         """Stops compiling, and filling masks."""
+        self.executor.close()
         self.compiler.close()
         self._masks.close()

@@ -1,16 +1,13 @@
-"""Slots: what the runner keeps of each running sequence between steps, on the host and on the device."""
+"""Slots: what the runner keeps of each running sequence between steps."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
 
-import jax
 import numpy as np
 
 from jaxllm.execution.batch import FLOATS
-from jaxllm.execution.sampler import SamplerState
+from jaxllm.execution.commands import WriteBias, WriteCounts
 from jaxllm.execution.vocabulary_bias import VocabularyBias
 from jaxllm.request import Request
 from jaxllm.sampling_params import SamplingParams
@@ -20,7 +17,7 @@ from jaxllm.scheduling.plan import ScheduledRequest
 class SlotTable:
     """A row for each running sequence: its page table and sampling parameters, ready to be gathered.
 
-    Rows of the device's `SamplerState` are written when a sequence with penalties or a biased
+    Rows of the device's `SamplerState` have to be written when a sequence with penalties or a biased
     vocabulary enters, and again when its bias changes.
 
     Attributes:
@@ -42,21 +39,6 @@ class SlotTable:
         self._slot_of: dict[Request, int] = {}
         self._num_pages = [0] * num_slots
         self._bias_of: dict[Request, VocabularyBias] = {}
-        self._write_counts: Any = None
-        self._write_bias: Any = None
-
-    def warm_up(self, state: SamplerState) -> None:
-        """Compiles the updates of a row, which must be done before the first `admit`."""
-        slot = jax.ShapeDtypeStruct((), np.int32)
-        counts, flags, bias = (
-            jax.ShapeDtypeStruct((self._vocab_size,), d) for d in (np.int32, np.bool_, np.float32)
-        )
-        # A state that lies on several devices stays as it lies.
-        stays = jax.tree.map(lambda x: x.sharding, state)
-        write_counts = jax.jit(_write_counts, donate_argnums=0, out_shardings=stays)
-        write_bias = jax.jit(_write_bias, donate_argnums=0, out_shardings=stays)
-        self._write_counts = write_counts.lower(state, slot, counts, flags).compile()
-        self._write_bias = write_bias.lower(state, slot, bias).compile()
 
     def of(self, scheduled: Sequence[ScheduledRequest]) -> list[int]:
         """The slot of each scheduled request."""
@@ -69,23 +51,24 @@ class SlotTable:
             self._bias_of.pop(request, None)
             self._free.append(slot)
 
-    def admit(self, state: SamplerState, scheduled: Sequence[ScheduledRequest]) -> SamplerState:
-        """Gives newcomers a slot, notes new pages, and brings the device's rows up to date."""
+    def admit(self, scheduled: Sequence[ScheduledRequest]) -> list[WriteCounts | WriteBias]:
+        """Gives newcomers a slot and notes new pages; the rows that the device has to write then."""
+        writes: list[WriteCounts | WriteBias] = []
         for request, start, num_tokens, _ in scheduled:
             slot = self._slot_of.get(request)
             if slot is None:
                 slot = self._enter(request)
                 if self.integers["penalties"][slot]:
-                    state = self._count_tokens(state, slot, request)
+                    writes.append(self._token_counts(slot, request))
             if request in self._bias_of:
                 row = self._bias_of[request].row_if_changed(request, start + num_tokens)
                 if row is not None:
-                    state = self._write_bias(state, np.int32(slot), row)
+                    writes.append(WriteBias(slot, row))
             known, pages = self._num_pages[slot], request.pages
             if len(pages) > known:
                 self.page_table[slot, known : len(pages)] = pages[known:]
                 self._num_pages[slot] = len(pages)
-        return state
+        return writes
 
     def _enter(self, request: Request) -> int:
         slot = self._slot_of[request] = self._free.pop()
@@ -102,28 +85,14 @@ class SlotTable:
             self.floats[row, slot] = getattr(params, name)
         return slot
 
-    def _count_tokens(self, state: SamplerState, slot: int, request: Request) -> SamplerState:
-        """Writes how often each token stands in the output, and which ones in the prompt."""
+    def _token_counts(self, slot: int, request: Request) -> WriteCounts:
+        """How often each token stands in the output, and which ones in the prompt."""
         counts = np.bincount(request.output_token_ids, minlength=self._vocab_size).astype(np.int32)
         in_prompt = np.zeros(self._vocab_size, bool)
         in_prompt[request.prompt_token_ids] = True
-        return self._write_counts(state, np.int32(slot), counts, in_prompt)
+        return WriteCounts(slot, counts, in_prompt)
 
 
 def uses_penalties(params: SamplingParams) -> bool:
     """Whether a sequence's earlier tokens change its logits."""
     return params.presence_penalty != 0 or params.frequency_penalty != 0 or params.repetition_penalty != 1
-
-
-def _write_counts(
-    state: SamplerState, slot: jax.Array, counts: jax.Array, in_prompt: jax.Array
-) -> SamplerState:
-    return replace(
-        state,
-        output_counts=state.output_counts.at[slot].set(counts),
-        in_prompt=state.in_prompt.at[slot].set(in_prompt),
-    )
-
-
-def _write_bias(state: SamplerState, slot: jax.Array, bias: jax.Array) -> SamplerState:
-    return replace(state, logit_bias=state.logit_bias.at[slot].set(bias))

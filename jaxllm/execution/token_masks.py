@@ -20,7 +20,7 @@ class TokenMasks:
     """Makes the masks of a step: a bit for each token of the vocabulary, for each of its sequences.
 
     The mask of a sequence depends on its newest token. It is begun as soon as that is known, on a thread of
-    its own, while the host writes outputs down and plans the next step. A batch without grammars is given
+    its own, while the host writes outputs down and plans the next step. A batch without grammars runs with
     masks that are on the device already and are not looked at.
 
     Args:
@@ -51,8 +51,8 @@ class TokenMasks:
         if constrained:
             self._begun = self._thread.submit(self._fill, constrained)
 
-    def of(self, scheduled: Sequence[ScheduledRequest], num_seqs: int) -> tuple[np.ndarray | jax.Array, bool]:
-        """The masks of a plan's sequences, and whether any of them forbids anything.
+    def of(self, scheduled: Sequence[ScheduledRequest], num_seqs: int) -> np.ndarray | None:
+        """The masks of a plan's sequences; None where nothing forbids anything.
 
         Args:
             num_seqs: rows of the step that the plan runs in.
@@ -63,16 +63,24 @@ class TokenMasks:
             if entry.samples and entry.request.grammar is not None
         }
         if not rows:
-            if num_seqs not in self._unused:
-                none = np.zeros((num_seqs, self._num_words), np.int32)
-                self._unused[num_seqs] = jax.device_put(none, self._sharding)
-            return self._unused[num_seqs], False
+            return None
         known = self._take()
         known |= self._fill([request for request in rows if request not in known])
         masks = np.full((num_seqs, self._num_words), -1, np.int32)
         for request, row in rows.items():
             masks[row, : self._num_known_words] = known[request]
-        return masks, True
+        return masks
+
+    def unused(self, num_seqs: int) -> jax.Array:
+        """Masks that are not looked at, on the devices already."""
+        if num_seqs not in self._unused:
+            none = np.zeros((num_seqs, self._num_words), np.int32)
+            self._unused[num_seqs] = (
+                jnp.asarray(none)
+                if self._sharding is None
+                else jax.make_array_from_callback(none.shape, self._sharding, lambda index: none[index])
+            )
+        return self._unused[num_seqs]
 
     def _fill(self, requests: Sequence[Request]) -> dict[Request, np.ndarray]:
         masks = np.full((len(requests), self._num_known_words), -1, np.int32)

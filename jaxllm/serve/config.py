@@ -21,6 +21,7 @@ class ServerConfig:
             `Authorization: Bearer KEY`; several, or the flag several times, are all valid; none demands none.
         allowed_origins: origins that browsers may call from; empty turns CORS off.
         ssl_cert_reqs: whether clients need a certificate: 0 no, 1 checked where they have one, 2 yes.
+        headless: serve nothing on this host, which is not host 0; what hosts but the first do anyway.
         root_path: prefix under which a proxy serves this server.
         served_model_name: names the API knows the model by, the first of them in responses.
         chat_template: file with a Jinja template, or the template itself, instead of the tokenizer's.
@@ -70,6 +71,7 @@ class ServerConfig:
     ssl_certfile: str | None = None
     ssl_ca_certs: str | None = None
     ssl_cert_reqs: Literal[0, 1, 2] = 0
+    headless: bool = False
     root_path: str = ""
     enable_request_id_headers: bool = False
     disable_fastapi_docs: bool = False

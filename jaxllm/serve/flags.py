@@ -103,6 +103,13 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "pipeline_parallel_size",
         "data_parallel_size",
         "enable_expert_parallel",
+        "nnodes",
+        "node_rank",
+        "master_addr",
+        "master_port",
+        "headless",
+        "distributed_executor_backend",
+        "distributed_timeout_seconds",
     ),
 }
 

@@ -19,7 +19,7 @@ from fastapi import FastAPI
 import jaxllm
 from jaxllm.async_engine import AsyncEngine
 from jaxllm.config import DEMO_MODEL, EngineConfig
-from jaxllm.errors import ConfigError, JaxLLMError
+from jaxllm.errors import ConfigError, HostError, JaxLLMError
 from jaxllm.serve.app import build_app, load_chat_template, served_names
 from jaxllm.serve.arguments import ServeArguments
 from jaxllm.serve.config import ServerConfig
@@ -30,6 +30,8 @@ from jaxllm.serve.throughput_log import ThroughputLog
 
 logger = logging.getLogger("jaxllm.serve")
 
+# Seconds for which a server whose other hosts are gone still says so.
+_LAST_WORDS = 5
 # Seconds that answers get to leave their sockets once the engine has stopped.
 _FLUSH_TIMEOUT = 5
 
@@ -39,12 +41,29 @@ def load_engine(config: EngineConfig) -> AsyncEngine:
     # JAX takes a second to import: not before the port is ours.
     from jaxllm.engine import Engine
 
-    return AsyncEngine(Engine.from_config(config))
+    engine = Engine.from_config(config)
+    served = AsyncEngine(engine)
+    engine.on_failure(served.fail)
+    return served
+
+
+def follow(config: EngineConfig) -> int:
+    """Take part in what another host serves; returns the exit status."""
+    from jaxllm.execution.hosts.worker import run_worker
+
+    return run_worker(config)
 
 
 def launch(arguments: ServeArguments, load: Callable[[EngineConfig], AsyncEngine] = load_engine) -> int:
-    """Load the model and serve until a signal says stop; returns the exit status."""
+    """Load the model and serve until a signal says stop; returns the exit status.
+
+    On hosts other than the first it serves nothing, and does what host 0 says.
+    """
     configure_logging(arguments.server.log_format, quiet_paths(arguments.server))
+    if arguments.engine.node_rank:
+        return follow(arguments.engine)
+    if arguments.server.headless:
+        return _refuse(ConfigError("--headless is for hosts other than the first; give it a --node-rank."))
     names = served_names(arguments.engine.model, arguments.server)
     try:
         load_chat_template(arguments.server.chat_template)
@@ -75,7 +94,7 @@ def launch(arguments: ServeArguments, load: Callable[[EngineConfig], AsyncEngine
             if arguments.server.uds is not None:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(arguments.server.uds)
-    return 0 if server.started else 1
+    return 0 if server.started and not engine.is_dead else 1
 
 
 def bind(config: ServerConfig) -> socket.socket:
@@ -219,6 +238,7 @@ class DrainingServer(uvicorn.Server):
         self._throughput_log = ThroughputLog()
         self._stop_requested = False
         self._draining: asyncio.Task[None] | None = None
+        self._dead_since: float | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to listen, and say so."""
@@ -246,6 +266,11 @@ class DrainingServer(uvicorn.Server):
         """Ten times a second: begin draining where a signal asked for it, and keep the log."""
         if not self._state.engine.engine.config.disable_log_stats:
             self._throughput_log.tick(self._state.engine.stats)
+        if isinstance(self._state.engine.error, HostError):
+            # Without the other hosts this process is of no use: it ends, so that somebody starts it again.
+            self._dead_since = self._dead_since or time.monotonic()
+            if time.monotonic() > self._dead_since + _LAST_WORDS:
+                self.should_exit = True
         if self._stop_requested and self._draining is None:
             self._draining = asyncio.create_task(self._drain())
         return await super().on_tick(counter)

@@ -39,12 +39,12 @@ def test_serves_with_the_covering_shapes_and_switches_to_cheaper_ones() -> None:
     compiler = StepCompiler(compile_step, SHAPES, complete=False)
     compiler.wait(progress=False)
     assert compiler.num_ready == num_covering(SHAPES) < len(SHAPES)
-    shape, run = compiler.executable(3, 3, True)
-    assert shape == StepShape(8, 8, 1, True) and run == str(shape)
+    shape = compiler.choose(3, 3, True)
+    assert shape == StepShape(8, 8, 1, True) and compiler.executable(shape) == str(shape)
     compile_step.go_on.set()
     compiler.wait_for_all()
     assert compiler.num_ready == len(SHAPES)
-    assert compiler.executable(3, 3, True)[0] == StepShape(4, 4, 1, True)
+    assert compiler.choose(3, 3, True) == StepShape(4, 4, 1, True)
     compiler.close()
 
 
@@ -63,7 +63,7 @@ def test_a_plan_beyond_every_shape_is_refused() -> None:
     compiler = StepCompiler(compile_step, SHAPES, complete=True)
     compiler.wait(progress=False)
     with pytest.raises(RecompilationError, match=r"no compiled step takes 65 tokens of 2 sequences"):
-        compiler.executable(65, 2, False)
+        compiler.choose(65, 2, False)
     compiler.close()
 
 
@@ -85,7 +85,7 @@ def test_another_shape_that_fails_is_told_and_done_without(caplog: pytest.LogCap
     compiler.wait(progress=False)
     with pytest.raises(ValueError, match="no StepShape"):
         compiler.wait_for_all()
-    assert compiler.executable(3, 3, True)[0] == StepShape(8, 8, 1, True)
+    assert compiler.choose(3, 3, True) == StepShape(8, 8, 1, True)
     assert compiler.num_ready == len(SHAPES) - 1
     assert "larger steps take its place" in caplog.text
     compiler.close()
