@@ -27,9 +27,7 @@ def join_hosts(address: str, num_hosts: int, host: int, *, timeout: int, shutdow
             machine numbers its hosts in another way.
     """
     if jax.distributed.is_initialized():
-        raise ShardingError(
-            "this process has joined its hosts already, which can be done once; start another"
-        )
+        raise ShardingError("this process has joined its hosts already, which can be done once")
     try:
         jax.distributed.initialize(
             address,
@@ -46,9 +44,7 @@ def join_hosts(address: str, num_hosts: int, host: int, *, timeout: int, shutdow
                 "JAX has been used in this process already; hosts must be joined before its first array or"
                 " jax.devices()"
             ) from error
-        raise ShardingError(
-            f"host {host} of {num_hosts} could not join the others at {address}: {error}"
-        ) from error
+        raise ShardingError(f"host {host} could not join the others at {address}: {error}") from error
     if jax.process_index() != host or jax.process_count() != num_hosts:
         raise ShardingError(
             f"this is process {jax.process_index()} of {jax.process_count()} to the machine, and was started"

@@ -34,7 +34,7 @@ from jaxllm.execution.commands import (
 from jaxllm.execution.compiler import StepCompiler
 from jaxllm.execution.host_pages import HostPages
 from jaxllm.execution.sampler import Logprobs, LogprobsMode, SamplerState
-from jaxllm.execution.sleep import Sleep
+from jaxllm.execution.sleep import Sleep, check_tags
 from jaxllm.execution.slots import SlotTable
 from jaxllm.execution.state_rows import StateRows
 from jaxllm.execution.step import StepOutput, step
@@ -325,7 +325,12 @@ class Runner:
         self.executor.launch(SleepAt(level))()
 
     def wake_up(self, tags: Collection[str] | None = None) -> bool:
-        """Brings back what the tags name, see `Sleep`; whether the runner is awake then."""
+        """Brings back what the tags name, see `Sleep`; whether the runner is awake then.
+
+        Raises:
+            InvalidRequestError: an unknown tag.
+        """
+        check_tags(tags)
         return self.executor.launch(WakeUp(None if tags is None else tuple(tags)))()
 
     def close(self) -> None:

@@ -132,6 +132,7 @@ class HostsExecutor:
             thread.join()
         self._hosts.close()
         leave_hosts()
+        self._hosts.let_go()
 
     def _begin(self) -> None:
         while (pending := self._to_begin.get()) is not None:

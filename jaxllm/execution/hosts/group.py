@@ -70,12 +70,14 @@ class HostGroup:
     Attributes:
         failure: why the hosts ended, or None while they live.
         check: called once a second; says what is wrong, or None.
+        let_go: called once the hosts have stopped as was meant to be.
     """
 
     def __init__(self, peers: list[Peer], timeout: float) -> None:
         self.peers = peers
         self.failure: str | None = None
         self.check: Callable[[float], str | None] = lambda now: None
+        self.let_go: Callable[[], None] = lambda: None
         self._timeout = timeout
         self._silence = SILENCE_AT_START
         self._changed = threading.Condition()
@@ -227,12 +229,14 @@ def await_hosts(
     timeout: float,
     check_hello: Callable[[dict[str, Any]], str | None],
     welcome: dict[str, Any],
+    check_coming: Callable[[], str | None] = lambda: None,
 ) -> HostGroup:
     """Waits until every host has said hello, and welcomes them.
 
     Args:
         check_hello: says what is wrong with a host that comes, or None.
         welcome: what all of them are told.
+        check_coming: says why a host will not come, or None; asked about once a second.
 
     Raises:
         HostError: not all of them came, or one was refused; those that came are told to end.
@@ -261,6 +265,9 @@ def await_hosts(
         if time.monotonic() - told > 10:
             told = time.monotonic()
             logger.info("Waiting for host %s of %d.", missing, num_hosts)
+        wrong = check_coming()
+        if wrong is not None:
+            give_up(wrong)
         listener.settimeout(min(left, 1.0))
         try:
             connection, address = listener.accept()

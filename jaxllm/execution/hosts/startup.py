@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import socket
-from collections.abc import Sequence
-from dataclasses import MISSING, asdict, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -87,11 +86,16 @@ def check_hosts(config: EngineConfig) -> None:
         )
 
 
-def meet_hosts(config: EngineConfig, listener: socket.socket | None = None) -> HostGroup:
+def meet_hosts(
+    config: EngineConfig,
+    listener: socket.socket | None = None,
+    check_coming: Callable[[], str | None] = lambda: None,
+) -> HostGroup:
     """Waits on host 0 for the others, and joins them; nothing may have been done with JAX before.
 
     Args:
         listener: bound to master_addr and master_port already.
+        check_coming: says why a host will not come, or None; asked while some are missing.
 
     Raises:
         ConfigError, HostError: a host that does not come, comes with other settings, or cannot join.
@@ -110,7 +114,7 @@ def meet_hosts(config: EngineConfig, listener: socket.socket | None = None) -> H
                     return f"host {hello['host']} has {name}={value!r}, and host 0 {settings[name]!r}"
             return None
 
-        group = await_hosts(bound, config.nnodes, timeout, check_hello, {"settings": settings})
+        group = await_hosts(bound, config.nnodes, timeout, check_hello, {"settings": settings}, check_coming)
     try:
         _join(config, timeout)
     except BaseException as error:
@@ -129,9 +133,8 @@ def follow_host_0(config: EngineConfig) -> tuple[HostLink, EngineConfig]:
         ConfigError, HostError: as `meet_hosts`.
     """
     timeout = config.distributed_timeout_seconds or DEFAULT_TIMEOUT
-    changed = {
-        f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != _default(f)
-    }
+    given = {field.name: getattr(config, field.name) for field in fields(config)}
+    changed = {f.name: given[f.name] for f in fields(config) if given[f.name] != _default(f)}
     hello = {
         "versions": _versions(),
         "nnodes": config.nnodes,
@@ -141,7 +144,7 @@ def follow_host_0(config: EngineConfig) -> tuple[HostLink, EngineConfig]:
     own = {name: value for name, value in changed.items() if name in _OWN}
     shared = {name: value for name, value in link.welcome["settings"].items() if name not in own}
     # Host 0 keeps the records, and is reached as this host reaches it.
-    kept = {name: getattr(config, name) for name in ("node_rank", "nnodes", "master_addr", "master_port")}
+    kept = {name: given[name] for name in ("node_rank", "nnodes", "master_addr", "master_port")}
     merged = EngineConfig(**{**shared, **own, **kept, "record_schedule": None, "record_trace": None})
     try:
         _join(merged, timeout)
@@ -176,8 +179,8 @@ def agree_on_model(
         different = [name for name, value in theirs.items() if value != everyone[0][name]]
         if different:
             raise HostError(
-                f"host {host} has another {', another '.join(different)} than host 0; give every host the same"
-                " model and the same software"
+                f"host {host} has another {', another '.join(different)} than host 0; give every host the"
+                " same model and the same software"
             )
 
 
@@ -210,8 +213,3 @@ def _versions() -> dict[str, str]:
 
 def _digest(value: object) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()
-
-
-def in_environment(names: Sequence[str]) -> dict[str, str]:
-    """Those variables of the environment whose names begin so."""
-    return {name: value for name, value in os.environ.items() if name.startswith(tuple(names))}
