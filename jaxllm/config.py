@@ -9,7 +9,7 @@ import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from jaxllm.errors import ConfigError, UnsupportedError
 
@@ -157,7 +157,7 @@ def _field_types() -> dict[str, tuple[tuple[Any, ...], str]]:
     takes: dict[str, tuple[tuple[Any, ...], str]] = {}
     for name, hint in get_type_hints(EngineConfig).items():
         allowed: list[Any] = []
-        for part in get_args(hint) if get_origin(hint) is types.UnionType else (hint,):
+        for part in get_args(hint) if get_origin(hint) in (types.UnionType, Union) else (hint,):
             if get_origin(part) is Literal:
                 allowed += get_args(part)
             else:

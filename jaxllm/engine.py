@@ -320,7 +320,7 @@ class Engine:
         return not self.is_sleeping
 
     def start_profile(self, directory: str) -> None:
-        """Starts JAX's profiler; `stop_profile` writes a trace into the directory."""
+        """Starts JAX's profiler, on this host; `stop_profile` writes a trace into the directory."""
         jax.profiler.start_trace(directory)
 
     def stop_profile(self) -> None:

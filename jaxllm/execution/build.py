@@ -105,8 +105,6 @@ def build_runner(
         )
         runner.start(load(), progress=progress)
         runner.load = load
-        if hosts is not None:
-            hosts.gather("ready", True)
     except BaseException:
         runner.close()
         raise

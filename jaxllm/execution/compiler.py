@@ -89,9 +89,9 @@ class StepCompiler:
         """Shapes that are compiled."""
         return len(self._ready)
 
-    def is_ready(self, shape: StepShape) -> bool:
-        """Whether a shape is compiled."""
-        return shape in self._ready
+    def ready_numbers(self) -> list[int]:
+        """Which of `shapes` are compiled."""
+        return [number for number, shape in enumerate(self.shapes) if shape in self._ready]
 
     def choose(self, num_tokens: int, num_seqs: int, decode_only: bool) -> StepShape:
         """The cheapest ready shape that a plan fits into.

@@ -76,7 +76,7 @@ class TokenMasks:
         if num_seqs not in self._unused:
             none = np.zeros((num_seqs, self._num_words), np.int32)
             self._unused[num_seqs] = (
-                jnp.asarray(none)
+                jax.device_put(none)
                 if self._sharding is None
                 else jax.make_array_from_callback(none.shape, self._sharding, lambda index: none[index])
             )

@@ -33,6 +33,9 @@ def main() -> None:
     copied = count_bytes()
     llm = LLM(asked["model"], **asked["settings"])
     prompts = [{"prompt_token_ids": prompt} for prompt in asked["prompts"]]
+    for each in asked["params"]:
+        if "logit_bias" in each:  # JSON has no numbers for keys.
+            each["logit_bias"] = {int(token): value for token, value in each["logit_bias"].items()}
     params = [SamplingParams(**each, ignore_eos=True, detokenize=False) for each in asked["params"]]
     outputs = llm.generate(prompts, params, use_tqdm=False)
     said: dict[str, Any] = {"tokens": [[list(one.token_ids) for one in o.outputs] for o in outputs]}

@@ -25,6 +25,14 @@ from jaxllm.execution.hosts.startup import check_hosts
 from jaxllm.execution.hosts.wire import receive, to_frame
 
 SHAPES: list[Any] = []
+CONNECTIONS: list[socket.socket] = []
+
+
+@pytest.fixture(autouse=True)
+def close_connections() -> Iterator[None]:
+    yield
+    while CONNECTIONS:
+        CONNECTIONS.pop().close()
 
 
 class Coming:
@@ -62,6 +70,7 @@ class Coming:
 
     def come(self, host: int, **hello: Any) -> socket.socket:
         connection = socket.create_connection(("127.0.0.1", self.port), timeout=10)
+        CONNECTIONS.append(connection)
         connection.sendall(to_frame({"kind": "hello", "host": host, **hello}))
         return connection
 
@@ -180,7 +189,7 @@ def test_what_a_host_says_of_its_failure_is_told() -> None:
 
 def test_a_silent_host_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
     assert group.SILENCE + group.HEARTBEAT < 30
-    monkeypatch.setattr(group, "SILENCE", 0.6)
+    monkeypatch.setattr(group, "SILENCE", 1.5)
     monkeypatch.setattr(group, "HEARTBEAT", 0.1)
     with two_others() as (hosts, others):
         hosts.started()
@@ -193,7 +202,7 @@ def test_a_silent_host_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_nobody_waits_to_tell_one_who_does_not_listen(monkeypatch: pytest.MonkeyPatch) -> None:
     """A host that is stopped takes nothing in: its connection fills up, and the sender must come free."""
-    monkeypatch.setattr(group, "SILENCE", 1.0)
+    monkeypatch.setattr(group, "SILENCE", 1.5)
     monkeypatch.setattr(group, "HEARTBEAT", 0.1)
     with two_others() as (hosts, others):
         threading.Thread(target=_keep_saying, args=[others[0], hosts], daemon=True).start()
@@ -242,7 +251,7 @@ def test_results_come_in_order_and_a_failure_reaches_who_waits() -> None:
                 stuck.wait(20)
             return command.level * 10
 
-        execute = HostsExecutor(run, SHAPES, hosts, timeout=30)
+        execute = HostsExecutor(run, SHAPES, [[], []], hosts, timeout=30)
         waits = [execute.launch(SleepAt(level)) for level in range(6)]
         assert [wait() for wait in waits[:5]] == [0, 10, 20, 30, 40]
         assert [next_word(others[0])["number"] for _ in range(6)] == list(range(6))
@@ -263,7 +272,7 @@ def test_a_host_whose_results_differ_is_out_of_step() -> None:
     shape = StepShape(1, 1, 1, True)
     step = RunStep(shape, np.zeros(shape.num_integers, np.int32), np.zeros(shape.num_floats, np.float32))
     with two_others() as (hosts, others):
-        execute = HostsExecutor(lambda command: Output(1, 2), [shape], hosts, timeout=30)
+        execute = HostsExecutor(lambda command: Output(1, 2), [shape], [[0], [0]], hosts, timeout=30)
         execute.launch(step)()
         digest = execute._digests[0]
         assert digest != 0
@@ -279,7 +288,7 @@ def test_a_host_whose_results_differ_is_out_of_step() -> None:
 def test_a_command_that_does_not_end_ends_the_hosts(late: bool) -> None:
     stuck = threading.Event()
     with two_others() as (hosts, others):
-        execute = HostsExecutor(lambda command: stuck.wait(20), SHAPES, hosts, timeout=0.8)
+        execute = HostsExecutor(lambda command: stuck.wait(20), SHAPES, [[], []], hosts, timeout=0.8)
         wait = execute.launch(SleepAt(1))
         others[0].sendall(status(-1, started=0))
         if not late:

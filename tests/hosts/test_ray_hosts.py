@@ -82,15 +82,15 @@ def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_two_nodes_of_a_real_cluster_say_what_one_device_would(tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="the extra 'ray' is not installed")
-    directory = write_model(tmp_path, "llama")
-    oracle = Oracle(directory, translate_config(hf_config("llama")))
+    directory = write_model(tmp_path, "llama", num_hidden_layers=1)
+    oracle = Oracle(directory, translate_config(hf_config("llama", num_hidden_layers=1)))
     prompt = np.random.default_rng(0).integers(601, size=21).tolist()
     settings = {**ENGINE, "tensor_parallel_size": 2, "distributed_executor_backend": "ray"}
     params = {"temperature": 0, "max_tokens": 9}
     asked = {"model": str(directory), "settings": settings, "prompts": [prompt], "params": [params]}
     with Processes(tmp_path) as processes:
         processes.start(["-m", "tests.hosts.on_ray", json.dumps(asked)])
-        said = json.loads(processes.wait_for_line(0, "SAID ", 120))
+        said = json.loads(processes.wait_for_line(0, "SAID ", 300))
         assert said["tokens"] == [[oracle.greedy(prompt, 9)]]
         assert said["commands"] > 9
         assert processes.wait(0, 30) == 0

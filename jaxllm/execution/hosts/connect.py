@@ -11,7 +11,7 @@ from jaxllm.errors import ConfigError
 from jaxllm.execution.hosts.executor import HostsExecutor
 from jaxllm.execution.hosts.group import HostGroup
 from jaxllm.execution.hosts.link import leave_now
-from jaxllm.execution.hosts.startup import DEFAULT_TIMEOUT, check_hosts, meet_hosts
+from jaxllm.execution.hosts.startup import DEFAULT_TIMEOUT, READY, check_hosts, meet_hosts
 from jaxllm.execution.runner import Runner
 
 
@@ -50,6 +50,8 @@ def connected_hosts(config: EngineConfig) -> Iterator[HostGroup | None]:
 def execute_on_hosts(runner: Runner, hosts: HostGroup, config: EngineConfig) -> None:
     """Has every host do what this runner is told from now on."""
     timeout = config.distributed_timeout_seconds or DEFAULT_TIMEOUT
-    executor = HostsExecutor(runner.run, runner.compiler.shapes, hosts, timeout)
+    compiler = runner.compiler
+    ready = hosts.gather(READY, compiler.ready_numbers())
+    executor = HostsExecutor(runner.run, compiler.shapes, ready, hosts, timeout)
     runner.executor = executor
-    runner.compiler.admits = executor.admits
+    compiler.admits = executor.admits

@@ -14,7 +14,7 @@ import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -66,6 +66,7 @@ class HostsExecutor:
     Args:
         run: does a command on the devices of this host.
         shapes: of all steps; the others say which of these they have by number.
+        ready: numbers of those that each host has from the start.
         hosts: the other hosts.
         timeout: seconds that a command may take.
 
@@ -74,11 +75,17 @@ class HostsExecutor:
     """
 
     def __init__(
-        self, run: Callable[[Command], Any], shapes: list[StepShape], hosts: HostGroup, timeout: float
+        self,
+        run: Callable[[Command], Any],
+        shapes: Sequence[StepShape],
+        ready: Sequence[Sequence[int]],
+        hosts: HostGroup,
+        timeout: float,
     ) -> None:
         self.num_bytes = 0
         self._run = run
-        self._number_of = {shape: number for number, shape in enumerate(shapes)}
+        self._shapes = shapes
+        self._ready_everywhere = self._common(ready)
         self._hosts = hosts
         self._timeout = timeout
         self._codec = CommandCodec()
@@ -115,8 +122,10 @@ class HostsExecutor:
 
     def admits(self, shape: StepShape) -> bool:
         """Whether every host has compiled the step of a shape."""
-        number = self._number_of[shape]
-        return all(number in peer.status["ready"] for peer in self._hosts.peers)
+        return shape in self._ready_everywhere
+
+    def _common(self, ready: Iterable[Sequence[int]]) -> frozenset[StepShape]:
+        return frozenset(self._shapes[number] for number in frozenset.intersection(*map(frozenset, ready)))
 
     def on_failure(self, callback: Callable[[HostError], None]) -> None:
         """See `HostGroup.on_failure`."""
@@ -129,7 +138,10 @@ class HostsExecutor:
             return
         self._to_begin.put(None)
         for thread in self._threads:
-            thread.join()
+            while thread.is_alive() and self._hosts.failure is None:
+                thread.join(0.1)
+        if self._hosts.failure is not None:
+            return
         self._hosts.close()
         leave_hosts()
         self._hosts.let_go()
@@ -169,7 +181,10 @@ class HostsExecutor:
             pending.set(None, error)
 
     def _check(self, now: float) -> str | None:
-        """What is wrong with how far the hosts have come."""
+        """What is wrong with how far the hosts have come; notes what they have compiled."""
+        told = [peer.status["ready"] for peer in self._hosts.peers]
+        if all(told):  # With the first sign of life after the start.
+            self._ready_everywhere = self._common(told)
         for peer in self._hosts.peers:
             done, digest = peer.status["done"], peer.status["digest"]
             if self._digests.get(done, digest) != digest:

@@ -206,6 +206,8 @@ class HostGroup:
                         return
         except (OSError, HostError) as error:
             self.fail(f"host {peer.host} is gone ({error})")
+        finally:
+            peer.connection.close()
 
     def _watch(self) -> None:
         alive = to_frame({"kind": "alive"})

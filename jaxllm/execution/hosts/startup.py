@@ -24,6 +24,8 @@ from sharding import ShardingError, join_hosts
 logger = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT = 600
+# What hosts tell one another last before the first command: the steps that they have compiled.
+READY = "steps that are ready"
 
 # What each host may have a value of its own for: where things lie there, and how it is reached.
 _OWN = frozenset(

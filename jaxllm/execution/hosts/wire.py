@@ -100,7 +100,7 @@ class CommandCodec:
         checksum = 0
         for position, value in enumerate(command):
             if not isinstance(value, np.ndarray):
-                fields.append(value)
+                fields.append(list(value) if isinstance(value, tuple) else value)
                 continue
             words = _words(value)
             base = self._base(command, position, words)

@@ -16,7 +16,7 @@ from jaxllm.execution.build import build_runner, read_model
 from jaxllm.execution.commands import Command
 from jaxllm.execution.hosts.executor import digest_of
 from jaxllm.execution.hosts.link import HostLink
-from jaxllm.execution.hosts.startup import check_hosts, follow_host_0
+from jaxllm.execution.hosts.startup import READY, check_hosts, follow_host_0
 from jaxllm.execution.hosts.wire import CommandCodec
 from jaxllm.execution.platform import current_platform
 from jaxllm.execution.resolve import resolve
@@ -63,8 +63,8 @@ def _load(config: EngineConfig, link: HostLink) -> Runner:
     platform = current_platform()
     config = resolve(config, model, platform)
     runner, _ = build_runner(config, model, path, platform, progress=not config.disable_log_stats, hosts=link)
-    compiler = runner.compiler
-    link.ready = lambda: [i for i, shape in enumerate(compiler.shapes) if compiler.is_ready(shape)]
+    link.ready = runner.compiler.ready_numbers
+    link.gather(READY, link.ready())
     return runner
 
 
