@@ -246,10 +246,9 @@ class Runner:
         match command:
             case RunStep(shape, integers, floats, masks):
                 run = self.compiler.executable(shape)
-                if masks is None:
-                    masks = self._masks.unused(shape.num_seqs)
+                allowed = self._masks.unused(shape.num_seqs) if masks is None else masks
                 arrays = (self._params, self._kv_pages, self._state)
-                self._kv_pages, self._state, output = run(*arrays, integers, floats, masks)
+                self._kv_pages, self._state, output = run(*arrays, integers, floats, allowed)
                 return output
             case WriteCounts() | WriteBias():
                 self._state = self._rows.write(self._state, command)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from jaxllm.config import EngineConfig
-from jaxllm.errors import ConfigError
+from jaxllm.errors import ConfigError, HostError
 from jaxllm.execution.hosts.executor import HostsExecutor
 from jaxllm.execution.hosts.group import HostGroup
 from jaxllm.execution.hosts.link import leave_now
@@ -37,14 +37,18 @@ def connected_hosts(config: EngineConfig) -> Iterator[HostGroup | None]:
     else:
         group = meet_hosts(config) if config.nnodes > 1 else None
     if group is not None:
-        # A thread that waits for a dead host cannot be ended, nor JAX be shut down around it.
-        group.on_failure(lambda error: atexit.register(leave_now))
+        group.on_failure(_leave_at_exit)
     try:
         yield group
     except BaseException as error:
         if group is not None:
             group.fail(f"host 0 failed: {type(error).__name__}: {error}")
         raise
+
+
+def _leave_at_exit(error: HostError) -> None:
+    # A thread that waits for a dead host cannot be ended, nor JAX be shut down around it.
+    atexit.register(leave_now)
 
 
 def execute_on_hosts(runner: Runner, hosts: HostGroup, config: EngineConfig) -> None:

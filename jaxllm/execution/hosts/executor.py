@@ -140,7 +140,7 @@ class HostsExecutor:
         for thread in self._threads:
             while thread.is_alive() and self._hosts.failure is None:
                 thread.join(0.1)
-        if self._hosts.failure is not None:
+        if self._hosts.wait_for_failure(0):
             return
         self._hosts.close()
         leave_hosts()

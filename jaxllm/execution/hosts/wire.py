@@ -104,7 +104,7 @@ class CommandCodec:
                 continue
             words = _words(value)
             base = self._base(command, position, words)
-            checksum = zlib.crc32(words, checksum)
+            checksum = zlib.crc32(words.data, checksum)
             changed = np.flatnonzero(words != base)
             dense = 2 * len(changed) >= len(words)
             arrays += [words] if dense else [changed.astype(np.uint32), words[changed]]
@@ -151,7 +151,7 @@ class CommandCodec:
                 offset += 8 * count
                 words = self._base(shell, position, np.broadcast_to(np.uint32(0), size)).copy()
                 words[indices] = values
-            checksum = zlib.crc32(words, checksum)
+            checksum = zlib.crc32(words.data, checksum)
             self._remember(shell, position, words)
             raw = words.view(np.uint8)[: int(np.prod(shape, dtype=np.int64)) * dtype.itemsize]
             fields[position] = raw.view(dtype).reshape(shape)
