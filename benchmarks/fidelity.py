@@ -2,8 +2,15 @@
 
     python -m benchmarks.fidelity --shape llama-135m --json fidelity.json
 
-First records steps and fits a cost model (`benchmarks.profile_steps`), then serves five traces with the
-engine in real time and with the simulator, and compares throughput, mean TTFT and mean TPOT.
+Serves five traces with the engine in real time, and records steps before, between and after them
+(`benchmarks.profile_steps`), since what else runs on a machine changes within minutes. Then fits a cost
+model to the recorded steps, none of which is of a trace, serves the traces in the simulator with it, and
+compares throughput, mean TTFT and mean TPOT.
+
+Each trace comes at `--load` of the rate that this machine can serve, which the simulator says from the
+first steps recorded: the time that requests wait grows as load / (1 - load) (Kleinrock 1975, section 5.6),
+so that near saturation the smallest error of a step becomes a large one of TTFT, and the trace would
+compare two noises. One trace comes all at once, which saturates the engine.
 """
 
 from __future__ import annotations
@@ -13,18 +20,19 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from benchmarks.engine import add_model_arguments, model_arguments, model_name
-from benchmarks.profile_steps import fit, print_fit
+from benchmarks.engine import add_model_arguments, model_arguments, model_name, wait_until_compiled
+from benchmarks.profile_steps import print_fit, record, tiles_of
 from benchmarks.report import add_output_arguments, figure, print_table, save, write_json
 from benchmarks.workloads import scaled_trace
 from jaxllm.scheduling.simulator import FittedCost, TracedRequest, simulate, summarize
 
 if TYPE_CHECKING:
     from jaxllm import LLM
+    from jaxllm.config import SchedulerConfig
     from jaxllm.request import Request
 
 
@@ -44,10 +52,15 @@ class Figures:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A trace, served and simulated."""
+    """A trace, served and simulated.
+
+    Attributes:
+        rate: requests a second; 0 where all came at once.
+    """
 
     trace: str
     num_requests: int
+    rate: float
     engine: Figures
     simulated: Figures
 
@@ -57,20 +70,29 @@ class Comparison:
 
 
 def traces(
-    num_requests: int, rate: float, scale: float, longest: int
-) -> Iterator[tuple[str, list[TracedRequest]]]:
-    """Five traces of a size that the machine can serve.
+    options: argparse.Namespace, config: SchedulerConfig, cost: FittedCost
+) -> Iterator[tuple[str, float, list[TracedRequest]]]:
+    """Five traces, each at the same part of what an engine of that cost can serve, and their rates."""
 
-    Args:
-        rate: requests a second.
-        scale: of the workloads' lengths, which are those of a service on accelerators.
-        longest: tokens of a request.
-    """
+    def trace(name: str, rate: float) -> list[TracedRequest]:
+        return scaled_trace(
+            name,
+            rate=rate,
+            num_requests=options.num_requests,
+            scale=options.scale,
+            longest=options.max_model_len,
+            seed=7,
+        )
 
-    sizes: Any = {"num_requests": num_requests, "scale": scale, "longest": longest, "seed": 7}
     for name in ("poisson", "bursty", "chat", "tenants"):
-        yield name, scaled_trace(name, rate=rate, **sizes)
-    yield "all at once", [replace(r, arrival_time=0.0) for r in scaled_trace("code", rate=1.0, **sizes)]
+        saturated = simulate(_all_at_once(trace(name, 1.0)), config, cost)
+        rate = options.load * options.num_requests / saturated.seconds
+        yield name, rate, trace(name, rate)
+    yield "all at once", 0.0, _all_at_once(trace("code", 1.0))
+
+
+def _all_at_once(trace: list[TracedRequest]) -> list[TracedRequest]:
+    return [replace(request, arrival_time=0.0) for request in trace]
 
 
 def serve(llm: LLM, trace: list[TracedRequest]) -> Figures:
@@ -108,28 +130,30 @@ def serve(llm: LLM, trace: list[TracedRequest]) -> Figures:
     )
 
 
-def simulated(llm: LLM, trace: list[TracedRequest], cost: FittedCost) -> Figures:
-    """The same on the virtual clock."""
-    llm.reset_prefix_cache()
-    summary = summarize(simulate(trace, llm.llm_engine.scheduler.config, cost))
-    return Figures(summary.output_tokens_per_second, summary.ttft.mean, summary.tpot.mean)
-
-
 def run(options: argparse.Namespace) -> tuple[FittedCost, list[Comparison]]:
     from jaxllm import LLM
 
+    generator = np.random.default_rng(options.seed)
     with model_arguments(options) as arguments:
         arguments |= {"max_model_len": options.max_model_len, "max_num_seqs": options.max_num_seqs}
-        rows = []
         with LLM(**arguments) as llm:
-            cost, steps = fit(llm, options.repeats, options.seed)
-            print_fit(cost, steps, f"{model_name(options)}: steps")
-            given = traces(options.num_requests, options.rate, options.scale, options.max_model_len)
-            for name, trace in given:
+            wait_until_compiled(llm)
+            config, tiles = llm.llm_engine.scheduler.config, tiles_of(llm)
+            record(llm, 1, generator)  # what runs first takes longer
+            steps = record(llm, 1, generator)
+            served = []
+            for name, rate, trace in traces(options, config, FittedCost.fit(steps, tiles)):
                 llm.reset_prefix_cache()
-                real = serve(llm, trace)
-                rows.append(Comparison(name, len(trace), real, simulated(llm, trace, cost)))
-                print(f"{name}: {real} engine, {rows[-1].simulated} simulated", flush=True)
+                served.append((name, rate, trace, serve(llm, trace)))
+                print(f"{name}, {rate:.2f} requests/s: {served[-1][-1]}", flush=True)
+                steps += record(llm, 1, generator)
+    cost = FittedCost.fit(steps, tiles)
+    print_fit(cost, steps, f"{model_name(options)}: steps")
+    rows = []
+    for name, rate, trace, real in served:
+        summary = summarize(simulate(trace, config, cost))
+        virtual = Figures(summary.output_tokens_per_second, summary.ttft.mean, summary.tpot.mean)
+        rows.append(Comparison(name, len(trace), rate, real, virtual))
     return cost, rows
 
 
@@ -137,6 +161,7 @@ def print_comparisons(rows: list[Comparison], title: str) -> None:
     columns = [
         "trace",
         "requests",
+        "a second",
         "tok/s",
         "simulated",
         "",
@@ -149,7 +174,7 @@ def print_comparisons(rows: list[Comparison], title: str) -> None:
     ]
     table: list[list[object]] = []
     for row in rows:
-        cells: list[object] = [row.trace, row.num_requests]
+        cells: list[object] = [row.trace, row.num_requests, f"{row.rate:.2f}" if row.rate else ""]
         for name, unit in (("throughput", 1), ("ttft", 1), ("tpot", 1000)):
             real, virtual = getattr(row.engine, name) * unit, getattr(row.simulated, name) * unit
             cells += [f"{real:.3g}", f"{virtual:.3g}", f"{row.error(name):+.0%}"]
@@ -175,9 +200,8 @@ def main(arguments: list[str] | None = None) -> None:
     add_model_arguments(parser)
     parser.add_argument("--max-model-len", type=int, default=512)
     parser.add_argument("--max-num-seqs", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=3, help="times that each step is recorded")
     parser.add_argument("--num-requests", type=int, default=60)
-    parser.add_argument("--rate", type=float, default=1.5, help="requests a second")
+    parser.add_argument("--load", type=float, default=0.6, help="part of the rate that can be served")
     parser.add_argument("--scale", type=float, default=0.125, help="of the workloads' lengths")
     add_output_arguments(parser)
     options = parser.parse_args(arguments)

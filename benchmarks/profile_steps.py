@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from benchmarks.engine import add_model_arguments, model_arguments, model_name, wait_until_compiled
 from benchmarks.report import add_output_arguments, figure, print_table, save, write_json
-from jaxllm.scheduling.simulator.fitted import FittedCost, RecordedStep, Shape, Work
+from jaxllm.scheduling.simulator import FittedCost, RecordedStep, Shape, Tiles
 
 if TYPE_CHECKING:
     from jaxllm import LLM
@@ -54,12 +54,36 @@ class StepRecorder:
         def result() -> StepResult:
             answer = wait()
             end = time.perf_counter()
-            self.steps.append(RecordedStep(shape, Work.of(plan), end - max(launched, self._last_end)))
+            self.steps.append(RecordedStep.of(plan, shape, end - max(launched, self._last_end)))
             self._last_end = end
             return answer
 
         pending.result = result  # type: ignore[method-assign]
         return pending
+
+
+def tiles_of(llm: LLM) -> Tiles | None:
+    """How the engine's attention cuts its work; None for kernels that no figures are kept of."""
+    from pallas_kernels.ragged_paged_attention import xla
+
+    decoder = llm.llm_engine.runner._decoder
+    if decoder.form.attention_backend != "xla":
+        return None
+    shards = 1 if decoder.form.mesh is None else decoder.form.mesh.shape["tensor"]
+    tiling = xla.Tiling.choose(decoder.fitted.num_kv_heads // shards, decoder.fitted.head_dim)
+    page = llm.llm_engine.config.block_size
+    keys, (short, short_keys), (long, long_keys) = (
+        max(tiling.decode_block, page),
+        tiling.short_tiles,
+        tiling.long_tiles,
+    )
+    return Tiles(
+        keys,
+        *tiling.decode_lanes,
+        (short, max(short_keys, page)),
+        (long, max(long_keys, page)),
+        xla.SHORT_PREFILL,
+    )
 
 
 class Workload(NamedTuple):
@@ -68,33 +92,46 @@ class Workload(NamedTuple):
     Attributes:
         decodes: requests that have their prompt behind them when the others arrive.
         context: tokens of their prompts.
-        prompts, length: requests that arrive then, and their tokens.
+        prompts: tokens of each request that arrives then.
         output_len: tokens that each of the latter generates.
     """
 
     decodes: int
     context: int
-    prompts: int
-    length: int
+    prompts: tuple[int, ...]
     output_len: int
 
 
-def workloads(shapes: list[Shape], max_model_len: int) -> Iterator[Workload]:
-    """Some that use every shape: alone and beside others, at short and long contexts."""
+def workloads(shapes: list[Shape], max_model_len: int, generator: np.random.Generator) -> Iterator[Workload]:
+    """Some that use every shape, more or less full: alone and beside others, at short and long contexts."""
+    mixed = sorted(shape.num_tokens for shape in shapes if not shape.decode_only)
     for shape in shapes:
         if shape.decode_only:
             for context in (16, max_model_len // 2):
-                yield Workload(0, 0, shape.num_seqs, context, min(12, max_model_len - context))
+                prompts = (context,) * shape.num_seqs
+                yield Workload(0, 0, prompts, min(12, max_model_len - context))
             continue
-        for num_prompts in (1, min(4, shape.num_seqs), min(16, shape.num_seqs)):
-            length = shape.num_tokens // num_prompts
-            if 1 < length < max_model_len:
-                yield Workload(0, 0, num_prompts, length, 1)
-        for decodes, context in ((shape.num_seqs // 4, 16), (shape.num_seqs // 2, max_model_len // 2)):
-            num_prompts = -(-(shape.num_tokens - decodes) // (max_model_len - 1))
-            length = (shape.num_tokens - decodes) // num_prompts
-            if decodes and length > 1 and decodes + num_prompts <= shape.num_seqs:
-                yield Workload(decodes, context, num_prompts, length, 1)
+        # More tokens than the next smaller shape would hold.
+        least = max((size for size in mixed if size < shape.num_tokens), default=1) + 1
+        for decodes in (0, 0, 0, shape.num_seqs // 4, shape.num_seqs // 2):
+            total = int(generator.integers(least, shape.num_tokens + 1)) - decodes
+            most = min(16, shape.num_seqs - decodes, total // 2)
+            fewest = -(-total // (max_model_len - 1))
+            if total < 2 or fewest > most:
+                continue
+            lengths = _split(total, int(generator.integers(fewest, most + 1)), max_model_len - 1, generator)
+            context = int(generator.integers(16, max_model_len // 2 + 1))
+            yield Workload(decodes, context if decodes else 0, lengths, 1)
+
+
+def _split(total: int, parts: int, most: int, generator: np.random.Generator) -> tuple[int, ...]:
+    """Lengths from 2 up to `most` that add up to `total`."""
+    lengths, left = [2] * parts, total - 2 * parts
+    for index, share in enumerate(generator.dirichlet(np.ones(parts)) * left):
+        lengths[index] = min(most, lengths[index] + int(share))
+    for index in generator.permutation(parts):
+        lengths[index] += min(total - sum(lengths), most - lengths[index])
+    return tuple(lengths)
 
 
 def run_workload(llm: LLM, workload: Workload, generator: np.random.Generator) -> None:
@@ -103,13 +140,11 @@ def run_workload(llm: LLM, workload: Workload, generator: np.random.Generator) -
 
     engine = llm.llm_engine
 
-    def submit(
-        count: int, length: int, output_len: int, generator: np.random.Generator = generator
-    ) -> list[Request]:
+    def submit(prompts: Iterable[np.ndarray], output_len: int) -> list[Request]:
         params = SamplingParams(temperature=0.0, max_tokens=output_len, ignore_eos=True)
         requests = []
-        for _ in range(count):
-            prompt = generator.integers(0, engine.model_config.vocab_size, length).tolist()
+        for token_ids in prompts:
+            prompt = token_ids.tolist()
             processed = engine.input_processor.process(
                 f"profiled-{next(_numbers)}", TokensPrompt(prompt_token_ids=prompt), params
             )
@@ -117,12 +152,20 @@ def run_workload(llm: LLM, workload: Workload, generator: np.random.Generator) -
             requests += processed.requests
         return requests
 
+    longest, vocabulary = engine.input_processor.max_model_len, engine.model_config.vocab_size
     # The same prompts each time: their pages are still in the prefix cache.
-    for_ever = engine.input_processor.max_model_len - workload.context
-    running = submit(workload.decodes, workload.context, for_ever, np.random.default_rng(workload.context))
+    running = submit(
+        (
+            np.random.default_rng(index).integers(0, vocabulary, longest)[: workload.context]
+            for index in range(workload.decodes)
+        ),
+        longest - workload.context,
+    )
     while any(request.num_output_tokens < 2 for request in running):
         engine.step()
-    waited_for = submit(workload.prompts, workload.length, workload.output_len)
+    waited_for = submit(
+        (generator.integers(0, vocabulary, length) for length in workload.prompts), workload.output_len
+    )
     while not all(request.status.is_finished for request in waited_for):
         engine.step()
     engine.abort([request.request_id for request in running])
@@ -130,28 +173,26 @@ def run_workload(llm: LLM, workload: Workload, generator: np.random.Generator) -
         engine.step()
 
 
-def record(llm: LLM, repeats: int, seed: int) -> list[RecordedStep]:
-    """Steps of every shape that is compiled; the first time that a workload runs does not count."""
+def record(llm: LLM, repeats: int, generator: np.random.Generator) -> list[RecordedStep]:
+    """Steps of every shape that is compiled, more or less full, anew each time."""
     engine = llm.llm_engine
     compiled = [Shape(s.num_tokens, s.num_seqs, s.decode_only) for s in engine.runner.compiler.shapes]
     max_model_len = engine.input_processor.max_model_len
-    generator = np.random.default_rng(seed)
+    given = [one for _ in range(repeats) for one in workloads(compiled, max_model_len, generator)]
     recorder = StepRecorder(llm)
-    for workload in tqdm(list(workloads(compiled, max_model_len)), desc="Recording", unit="workload"):
-        for repeat in range(repeats + 1):
-            before = len(recorder.steps)
-            run_workload(llm, workload, generator)
-            if repeat == 0:
-                del recorder.steps[before:]
+    for workload in tqdm(given, desc="Recording", unit="workload"):
+        run_workload(llm, workload, generator)
     recorder.close()
     return recorder.steps
 
 
 def fit(llm: LLM, repeats: int, seed: int) -> tuple[FittedCost, list[RecordedStep]]:
-    """The cost model of an engine, and the steps that it comes from."""
+    """The cost model of an engine, and the steps that it comes from; what runs first does not count."""
     wait_until_compiled(llm)
-    steps = record(llm, repeats, seed)
-    return FittedCost.fit(steps), steps
+    generator = np.random.default_rng(seed)
+    record(llm, 1, generator)
+    steps = record(llm, repeats, generator)
+    return FittedCost.fit(steps, tiles_of(llm)), steps
 
 
 def print_fit(cost: FittedCost, steps: list[RecordedStep], title: str) -> None:
@@ -159,7 +200,7 @@ def print_fit(cost: FittedCost, steps: list[RecordedStep], title: str) -> None:
     rows: list[list[object]] = []
     for shape, seconds in sorted(cost.shapes.items()):
         own = [step for step in steps if step.shape == shape]
-        errors = [abs(cost.price(step.shape, step.work) / step.seconds - 1) for step in own]
+        errors = [abs(cost.price(step) / step.seconds - 1) for step in own]
         kind = "decode" if shape.decode_only else "mixed"
         rows.append(
             [
@@ -169,10 +210,8 @@ def print_fit(cost: FittedCost, steps: list[RecordedStep], title: str) -> None:
                 f"{np.median(errors):.1%}",
             ]
         )
-    context, beside_prompts, prompt, pair, _ = cost.prices
-    note = (
-        f"and {context * 1e9:.1f} ns for a position of a decode, {beside_prompts * 1e9:.1f} beside prompts, "
-        f"{prompt * 1e6:.0f} µs for a prompt, {pair * 1e9:.2f} ns for a pair of its positions"
+    note = ", ".join(
+        f"{seconds * 1e6:.3g} µs {name}" for name, seconds in cost.prices._asdict().items() if seconds
     )
     print_table(title, ["shape", "steps", "ms", "median error"], rows, note=note)
 
@@ -182,9 +221,7 @@ def draw(cost: FittedCost, steps: list[RecordedStep], path: Path) -> None:
     picture, axes = figure(width=6, height=6)
     for decode_only, label in ((True, "decode"), (False, "mixed")):
         own = [step for step in steps if step.shape.decode_only == decode_only]
-        axes.plot(
-            [s.seconds for s in own], [cost.price(s.shape, s.work) for s in own], ".", label=label, alpha=0.5
-        )
+        axes.plot([s.seconds for s in own], [cost.price(s) for s in own], ".", label=label, alpha=0.5)
     ends = [min(s.seconds for s in steps), max(s.seconds for s in steps)]
     axes.plot(ends, ends, color="black", linewidth=1)
     axes.set_xscale("log")

@@ -34,8 +34,7 @@ from benchmarks.workloads import STANDARD, Workload, parse_workload
 from jaxllm.demo import demo_model_path
 from jaxllm.execution.buckets import step_shapes
 from jaxllm.models.config import ModelConfig, MoEConfig
-from jaxllm.scheduling.simulator import FittedCost
-from jaxllm.scheduling.simulator.fitted import Shape
+from jaxllm.scheduling.simulator import FittedCost, Shape
 from pallas_kernels.ragged_paged_attention.shapes import LAYERS, WORKS, LayerShape, Work
 
 # Parameter counts that the models' cards state, in billions.
@@ -265,10 +264,10 @@ def test_a_start_is_timed_to_its_first_token(tiny: str, tmp_path: Path) -> None:
 def test_steps_are_recorded_and_what_is_fitted_is_served(
     tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    common = ["--shape", tiny, "--max-model-len", "64", "--max-num-seqs", "4", "--repeats", "1"]
+    common = ["--shape", tiny, "--max-model-len", "64", "--max-num-seqs", "4"]
     common += ["--max-num-batched-tokens", "32"]
     out, steps = tmp_path / "cost.json", tmp_path / "steps.json"
-    profile_steps.main([*common, "--out", str(out), "--json", str(steps)])
+    profile_steps.main([*common, "--repeats", "1", "--out", str(out), "--json", str(steps)])
     cost = FittedCost.load(out)
     # Every shape that such an engine compiles was run.
     compiled = step_shapes(4, 32, 4)
@@ -277,10 +276,11 @@ def test_steps_are_recorded_and_what_is_fitted_is_served(
     assert min(seconds for *_, seconds in recorded) > 0
     for shape, seconds in cost.shapes.items():
         own = [step[-1] for step in recorded if step[0] == list(shape)]
-        assert 0 < seconds <= 3 * np.median(own)
+        assert 0 <= seconds <= 3 * np.median(own)
+    assert cost.tiles is not None
 
     rows = tmp_path / "rows.json"
-    fidelity.main([*common, "--num-requests", "6", "--rate", "50", "--scale", "0.02", "--json", str(rows)])
+    fidelity.main([*common, "--num-requests", "6", "--scale", "0.02", "--json", str(rows)])
     compared = json.loads(rows.read_text())
     assert len(compared) == 5
     for row in compared:

@@ -11,7 +11,7 @@ from jaxllm.scheduling import Plan
 from jaxllm.scheduling.recording.recorder import Recorder
 from jaxllm.scheduling.recording.schedule import Schedule
 from jaxllm.scheduling.recording.schedule_recorder import ScheduleRecorder
-from jaxllm.scheduling.simulator.fitted import Shape
+from jaxllm.scheduling.simulator.work import Shape
 from tests.scheduling.simulated_device import Server
 
 SHAPES = [Shape(16, 8, False), Shape(128, 16, False), Shape(16, 16, True)]

@@ -22,7 +22,7 @@ from jaxllm.scheduling.recording.recorder import TraceRecorder
 from jaxllm.scheduling.recording.schedule import read_schedule
 from jaxllm.scheduling.recording.schedule_recorder import ScheduleRecorder
 from jaxllm.scheduling.simulator import FittedCost, TracedRequest, read_trace
-from jaxllm.scheduling.simulator.fitted import Shape, Work
+from jaxllm.scheduling.simulator.work import Shape, Work
 from tests.scheduling.recorded_server import Entry, Recorded, rows_of, serve
 from tests.scheduling.simulated_device import (
     make_config,
@@ -90,10 +90,7 @@ def test_steps_cost_together_what_they_took(tmp_path: Path) -> None:
     serve(server, random_requests(rng, server.config, 40), rng)
     schedule = read_schedule(tmp_path / "s.jsonl")
     cost = schedule.cost()
-    predicted = sum(
-        cost.shapes[step.shape] + schedule._work(index).times(cost.prices)
-        for index, step in enumerate(schedule.steps)
-    )
+    predicted = sum(map(cost.price, schedule.timed_steps()))
     assert predicted == pytest.approx(sum(step.seconds for step in schedule.steps))
 
 
@@ -269,9 +266,7 @@ def test_a_recorded_request_that_is_wrong_is_named(row: dict[str, Any], tmp_path
 
 def test_shapes_that_never_ran_are_priced_on_the_line_of_the_others() -> None:
     known = {Shape(8, 8, False): 0.010, Shape(16, 8, False): 0.014, Shape(4, 4, True): 0.003}
-    cost = FittedCost(known, Work(0, 0, 0, 0)).extended(
-        [Shape(64, 8, False), Shape(8, 8, True), Shape(8, 8, False)]
-    )
+    cost = FittedCost(known, Work()).extended([Shape(64, 8, False), Shape(8, 8, True), Shape(8, 8, False)])
     assert cost.shapes[Shape(64, 8, False)] == pytest.approx(0.006 + 64 * 0.0005)
     assert cost.shapes[Shape(8, 8, False)] == 0.010
     assert 0.003 <= cost.shapes[Shape(8, 8, True)] <= 0.006

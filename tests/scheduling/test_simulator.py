@@ -27,6 +27,8 @@ from jaxllm.scheduling.simulator import (
     ModelFigures,
     RecordedStep,
     RooflineCost,
+    Shape,
+    Tiles,
     TracedRequest,
     Work,
     make_workload,
@@ -36,7 +38,6 @@ from jaxllm.scheduling.simulator import (
     write_trace,
 )
 from jaxllm.scheduling.simulator.costs import StepFeatures
-from jaxllm.scheduling.simulator.fitted import Shape
 from jaxllm.simulate import main, parse_rates
 from tests.scheduling.simulated_device import make_config
 
@@ -167,9 +168,40 @@ def test_the_roofline_by_hand() -> None:
 SHAPES = [Shape(1, 1, True), Shape(4, 4, True), Shape(8, 8, True), Shape(16, 8, False), Shape(256, 8, False)]
 
 
-def test_a_fit_finds_the_prices_that_the_steps_were_made_with() -> None:
+TILES = Tiles(32, 4, 16, (64, 128), (256, 256), 128)
+
+
+def test_work_is_what_the_kernel_goes_through() -> None:
+    """Block by block and tile by tile, as the portable attention kernel runs."""
+    rng = np.random.default_rng(1)
+    for _ in range(200):
+        shape = Shape(512, int(rng.choice([1, 3, 8])), False)
+        runs = [(int(rng.integers(0, 900)), int(rng.choice([1, 1, 2, 70, 300]))) for _ in range(3)]
+        work = Work.of_runs(runs, shape, TILES)
+        blocks = sum(1 for start, n in runs if n == 1 for _ in range(0, start + 1, 32))
+        lanes = {1: 4, 3: 12, 8: 16}[shape.num_seqs]
+        keys = 0
+        while blocks > 0:
+            blocks, keys = blocks - lanes, keys + lanes * 32
+        tile, block = (256, 256) if max(n for _, n in runs) > 128 else (64, 128)
+        tiles = visits = 0
+        for start, n in runs:
+            for first in range(0, n if n > 1 else 0, tile):
+                tiles, key = tiles + 1, 0
+                while key < min(start + n, start + first + tile):
+                    key, visits = key + block, visits + 1
+        prompts = sum(n > 1 for _, n in runs)
+        decode, mixed = (0, keys) if prompts else (keys, 0)
+        assert work == Work(decode, mixed, prompts, tiles, visits, visits * tile * block)
+    # A tile is never longer than the step.
+    assert Work.of_runs([(0, 9)], Shape(16, 8, False), TILES).num_pairs == 16 * 128
+
+
+@pytest.mark.parametrize("tiles", [None, TILES])
+def test_a_fit_finds_the_prices_that_the_steps_were_made_with(tiles: Tiles | None) -> None:
     rng = np.random.default_rng(0)
-    true = FittedCost({s: 0.002 + 1e-4 * s.num_tokens for s in SHAPES}, Work(4e-7, 9e-7, 3e-4, 5e-9))
+    prices = Work(4e-7, 9e-7, 3e-4, num_pairs=5e-9)
+    true = FittedCost({s: 0.002 + 1e-4 * s.num_tokens for s in SHAPES}, prices, tiles)
     plans, steps = [], []
     for _ in range(400):
         count = int(rng.integers(1, 9))
@@ -179,8 +211,8 @@ def test_a_fit_finds_the_prices_that_the_steps_were_made_with() -> None:
         plans.append(plan)
         seconds = true.seconds(plan) * float(rng.normal(1, 0.01))
         disturbed = 10 if rng.random() < 0.02 else 1
-        steps.append(RecordedStep(true.shape_of(plan), Work.of(plan), seconds * disturbed))
-    cost = FittedCost.fit(steps)
+        steps.append(RecordedStep.of(plan, true.shape_of(plan), seconds * disturbed))
+    cost = FittedCost.fit(steps, tiles)
     assert cost.shapes.keys() == set(SHAPES)
     for plan in plans:
         assert cost.seconds(plan) == pytest.approx(true.seconds(plan), rel=0.02)  # twice the noise
@@ -191,7 +223,7 @@ def test_a_fit_finds_the_prices_that_the_steps_were_made_with() -> None:
 
 
 def test_a_plan_runs_in_the_shape_that_the_engine_would_choose() -> None:
-    cost = FittedCost(dict.fromkeys(SHAPES, 0.0), Work(0, 0, 0, 0))
+    cost = FittedCost(dict.fromkeys(SHAPES, 0.0), Work())
     rng = random.Random(0)
     for _ in range(300):
         rows = [(0, rng.choice([1, 1, 1, 6, 40]), True) for _ in range(rng.randrange(1, 7))]
@@ -204,9 +236,11 @@ def test_a_plan_runs_in_the_shape_that_the_engine_would_choose() -> None:
 
 
 def test_a_fit_survives_being_saved(tmp_path: Path) -> None:
-    cost = FittedCost({shape: 0.5 * shape.num_tokens for shape in SHAPES}, Work(1e-7, 3e-7, 0.0, 2e-9))
-    cost.save(tmp_path / "cost.json")
-    assert FittedCost.load(tmp_path / "cost.json") == cost
+    for tiles in (None, TILES):
+        shapes = {shape: 0.5 * shape.num_tokens for shape in SHAPES}
+        cost = FittedCost(shapes, Work(1e-7, 3e-7, num_pairs=2e-9), tiles)
+        cost.save(tmp_path / "cost.json")
+        assert FittedCost.load(tmp_path / "cost.json") == cost
     for text in ("{", '{"shapes": []}', '{"shapes": [], "prices": {"decode": 1}}', "[]"):
         (tmp_path / "wrong.json").write_text(text)
         with pytest.raises(ValueError, match=r"wrong\.json"):
@@ -386,7 +420,7 @@ class TestCommandLine:
 
     def test_a_trace_and_a_fitted_cost(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         write_trace(tmp_path / "trace.jsonl", make_workload("tenants", rate=3.0, num_requests=20))
-        FittedCost({Shape(8192, 256, False): 0.01}, Work(0, 0, 0, 0)).save(tmp_path / "cost.json")
+        FittedCost({Shape(8192, 256, False): 0.01}, Work()).save(tmp_path / "cost.json")
         given = ("--trace", str(tmp_path / "trace.jsonl"), "--cost", str(tmp_path / "cost.json"))
         assert self.run(*given) == 0
         printed = capsys.readouterr().out

@@ -12,7 +12,7 @@ from jaxllm.request import Request, RequestStatus
 from jaxllm.sampling_params import SamplingParams
 from jaxllm.scheduling import IntegrityError, Plan, RequestView, ScheduledRequest, Scheduler, SchedulingPolicy
 from jaxllm.scheduling.simulator import DEVICES, ModelFigures, RooflineCost, make_workload, simulate
-from jaxllm.scheduling.simulator.fitted import Work
+from jaxllm.scheduling.simulator.work import Shape, Work
 from tests.scheduling.simulated_device import (
     Server,
     make_config,
@@ -173,7 +173,8 @@ def test_copies_have_their_price() -> None:
     copied = Plan(0, rows, (), 1, copies_out=((1, 0), (2, 1)), copies_in=((5, 3),))
     seconds = 3 * 32 * model.kv_bytes_per_token / (64e9 * 0.5)
     assert cost.seconds(copied) - cost.seconds(without) == pytest.approx(seconds)
-    assert Work.of(copied) == Work.of(without)._replace(copied_pages=3)
+    shape = Shape(1, 1, True)
+    assert Work.of(copied, shape) == Work.of(without, shape)._replace(copied_pages=3)
 
 
 def test_a_simulated_server_swaps_as_a_real_one() -> None:

@@ -17,9 +17,10 @@ from jaxllm.request import RequestStatus, SchedulingTerms
 from jaxllm.scheduling.recording.blocks import HashedRequest, SharedPrefixes
 from jaxllm.scheduling.recording.lines import read_lines
 from jaxllm.scheduling.recording.schedule_recorder import VERSION
-from jaxllm.scheduling.simulator.fitted import FittedCost, RecordedStep, Shape, Work
+from jaxllm.scheduling.simulator.fitted import FittedCost, RecordedStep
 from jaxllm.scheduling.simulator.simulate import RequestRecord, Simulation, StepRecord
 from jaxllm.scheduling.simulator.trace import TracedRequest
+from jaxllm.scheduling.simulator.work import Shape
 
 
 @dataclass(slots=True)
@@ -169,6 +170,19 @@ class Schedule:
             traced[request.number] = TracedRequest.from_hashed(hashed, prefixes)
         return traced
 
+    def timed_steps(self) -> list[RecordedStep]:
+        """The steps that ran to their end."""
+        return [
+            RecordedStep(
+                step.shape,
+                tuple((row.start, row.num_tokens) for row in self.rows(index)),
+                step.pages_out + step.pages_in,
+                step.seconds,
+            )
+            for index, step in enumerate(self.steps)
+            if step.seconds > 0
+        ]
+
     def cost(self) -> FittedCost:
         """The price of steps as they were here; shapes that never ran are priced by their tokens.
 
@@ -178,17 +192,9 @@ class Schedule:
         Raises:
             ValueError: no step was recorded to its end.
         """
-        steps = [
-            RecordedStep(step.shape, self._work(index), step.seconds)
-            for index, step in enumerate(self.steps)
-            if step.seconds > 0
-        ]
+        steps = self.timed_steps()
         shapes = [Shape(tokens, seqs, decodes) for tokens, seqs, decodes in self.header.get("shapes", ())]
         return FittedCost.fit(steps).scaled_to(steps).extended(shapes)
-
-    def _work(self, step: int) -> Work:
-        work = Work.of_runs((row.start, row.num_tokens) for row in self.rows(step))
-        return work._replace(copied_pages=self.steps[step].pages_out + self.steps[step].pages_in)
 
     def as_simulation(self) -> Simulation:
         """What happened, in the form in which the simulator says what would have."""

@@ -7,26 +7,31 @@ is missing: a cost model says how long a step would take on it.
 from __future__ import annotations
 
 from jaxllm.scheduling.simulator.costs import CostModel, ModelFigures, RooflineCost
-from jaxllm.scheduling.simulator.devices import DEVICES, Device
-from jaxllm.scheduling.simulator.fitted import FittedCost, RecordedStep, Work
+from jaxllm.scheduling.simulator.devices import DEVICES, INTERCONNECTS, Device, Interconnect
+from jaxllm.scheduling.simulator.fitted import FittedCost, RecordedStep
 from jaxllm.scheduling.simulator.metrics import Summary, summarize
 from jaxllm.scheduling.simulator.simulate import RequestRecord, Simulation, StepRecord, simulate
 from jaxllm.scheduling.simulator.trace import TracedRequest, read_trace, write_trace
+from jaxllm.scheduling.simulator.work import Shape, Tiles, Work
 from jaxllm.scheduling.simulator.workloads import WORKLOADS, make_workload
 
 __all__ = [
     "DEVICES",
+    "INTERCONNECTS",
     "WORKLOADS",
     "CostModel",
     "Device",
     "FittedCost",
+    "Interconnect",
     "ModelFigures",
     "RecordedStep",
     "RequestRecord",
     "RooflineCost",
+    "Shape",
     "Simulation",
     "StepRecord",
     "Summary",
+    "Tiles",
     "TracedRequest",
     "Work",
     "make_workload",

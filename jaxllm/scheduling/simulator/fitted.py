@@ -13,66 +13,31 @@ import numpy as np
 from scipy.optimize import nnls
 
 from jaxllm.scheduling.plan import Plan
-
-
-class Shape(NamedTuple):
-    """What a step was compiled for: tokens and sequences, padding included.
-
-    Attributes:
-        decode_only: one token of each sequence.
-    """
-
-    num_tokens: int
-    num_seqs: int
-    decode_only: bool
-
-
-class Work(NamedTuple):
-    """What the time of a step depends on besides its shape, counted; or the seconds that one of each takes.
-
-    Attributes:
-        decode_context: positions whose keys and values are read, in a step of nothing but single tokens.
-        mixed_context: the same for the single tokens of other steps.
-        num_prompts: runs of several tokens.
-        prompt_pairs: pairs of a query and a position that it sees, in such runs.
-        copied_pages: pages copied to the host's memory or back.
-    """
-
-    decode_context: float
-    mixed_context: float
-    num_prompts: float
-    prompt_pairs: float
-    copied_pages: float = 0.0
-
-    @classmethod
-    def of(cls, plan: Plan) -> Work:
-        """The work of a plan."""
-        work = cls.of_runs((entry.start, entry.num_tokens) for entry in plan.scheduled)
-        return work._replace(copied_pages=len(plan.copies_out) + len(plan.copies_in))
-
-    @classmethod
-    def of_runs(cls, runs: Iterable[tuple[int, int]]) -> Work:
-        """The work of so many runs of positions, each by its first one and its length."""
-        context = num_prompts = prompt_pairs = 0
-        for start, num_tokens in runs:
-            if num_tokens == 1:
-                context += start + 1
-            else:
-                num_prompts += 1
-                prompt_pairs += num_tokens * start + num_tokens * (num_tokens + 1) // 2
-        return cls(0, context, num_prompts, prompt_pairs) if num_prompts else cls(context, 0, 0, 0)
-
-    def times(self, prices: Work) -> float:
-        """Seconds of so much work at these prices."""
-        return sum(amount * price for amount, price in zip(self, prices, strict=True))
+from jaxllm.scheduling.simulator.work import Shape, Tiles, Work
 
 
 class RecordedStep(NamedTuple):
-    """A step that was timed."""
+    """A step that was timed.
+
+    Attributes:
+        runs: the first position and the number of tokens of each request that it computed.
+        copied_pages: to the host's memory or back.
+    """
 
     shape: Shape
-    work: Work
+    runs: tuple[tuple[int, int], ...]
+    copied_pages: int
     seconds: float
+
+    @classmethod
+    def of(cls, plan: Plan, shape: Shape, seconds: float) -> RecordedStep:
+        """A plan that took so long in a shape."""
+        runs = tuple((entry.start, entry.num_tokens) for entry in plan.scheduled)
+        return cls(shape, runs, len(plan.copies_out) + len(plan.copies_in), seconds)
+
+    def work(self, tiles: Tiles | None) -> Work:
+        """What it had to do."""
+        return Work.of_runs(self.runs, self.shape, tiles)._replace(copied_pages=self.copied_pages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +47,12 @@ class FittedCost:
     Attributes:
         shapes: seconds of a step in each shape, without what `prices` is for.
         prices: seconds for one of each.
+        tiles: how the device cuts its work; None where it costs what it is.
     """
 
     shapes: dict[Shape, float]
     prices: Work
+    tiles: Tiles | None = None
 
     def seconds(self, plan: Plan) -> float:
         """See `CostModel`.
@@ -93,11 +60,12 @@ class FittedCost:
         Raises:
             ValueError: no shape holds the plan.
         """
-        return self.price(self.shape_of(plan), Work.of(plan))
+        shape = self.shape_of(plan)
+        return self.shapes[shape] + Work.of(plan, shape, self.tiles).times(self.prices)
 
-    def price(self, shape: Shape, work: Work) -> float:
-        """Seconds of a step in a shape that is known."""
-        return self.shapes[shape] + work.times(self.prices)
+    def price(self, step: RecordedStep) -> float:
+        """Seconds that a recorded step should have taken; its shape must be known."""
+        return self.shapes[step.shape] + step.work(self.tiles).times(self.prices)
 
     def shape_of(self, plan: Plan) -> Shape:
         """The smallest shape that holds a plan, as the engine chooses it."""
@@ -118,7 +86,7 @@ class FittedCost:
         return min(fitting, key=lambda s: (s.num_tokens, not s.decode_only, s.num_seqs))
 
     @classmethod
-    def fit(cls, steps: Sequence[RecordedStep]) -> FittedCost:
+    def fit(cls, steps: Sequence[RecordedStep], tiles: Tiles | None = None) -> FittedCost:
         """The prices of least squared relative error, none below zero (Lawson and Hanson 1974, chapter 23).
 
         Of each shape's steps those further than a factor of 3 from their median are left out: something
@@ -140,24 +108,22 @@ class FittedCost:
         matrix = np.zeros((len(kept), len(column) + len(Work._fields)))
         for row, step in zip(matrix, kept, strict=True):
             row[column[step.shape]] = 1
-            row[len(column) :] = step.work
+            row[len(column) :] = step.work(tiles)
         seconds = np.array([step.seconds for step in kept])
         matrix /= seconds[:, None]
         scale = np.maximum(np.abs(matrix).max(axis=0), 1e-300)
         prices, _ = nnls(matrix / scale, np.ones(len(kept)))
         seconds_of_one = (prices / scale).tolist()
         shapes = dict(zip(column, seconds_of_one[: len(column)], strict=True))
-        cost = cls(shapes, Work(*seconds_of_one[len(column) :]))
+        cost = cls(shapes, Work(*seconds_of_one[len(column) :]), tiles)
         # A relative error makes light of steps that took long; all together cost what they took.
         return cost.scaled_to(kept)
 
     def scaled_to(self, steps: Sequence[RecordedStep]) -> FittedCost:
         """With every price so many times as high that steps cost together what they took."""
-        factor = sum(step.seconds for step in steps) / sum(
-            self.price(step.shape, step.work) for step in steps
-        )
+        factor = sum(step.seconds for step in steps) / sum(self.price(step) for step in steps)
         shapes = {shape: factor * price for shape, price in self.shapes.items()}
-        return FittedCost(shapes, Work(*(factor * price for price in self.prices)))
+        return FittedCost(shapes, Work(*(factor * price for price in self.prices)), self.tiles)
 
     def extended(self, shapes: Iterable[Shape]) -> FittedCost:
         """With a price for further shapes: on the line through the known ones of their kind, by tokens.
@@ -176,7 +142,8 @@ class FittedCost:
     def save(self, path: Path) -> None:
         """Writes it as JSON."""
         shapes = [[*shape, seconds] for shape, seconds in self.shapes.items()]
-        values = {"shapes": shapes, "prices": self.prices._asdict()}
+        tiles = None if self.tiles is None else self.tiles._asdict()
+        values = {"shapes": shapes, "prices": self.prices._asdict(), "tiles": tiles}
         path.write_text(json.dumps(values, indent=1) + "\n")
 
     @classmethod
@@ -192,6 +159,7 @@ class FittedCost:
                 Shape(int(tokens), int(seqs), bool(decode_only)): float(seconds)
                 for tokens, seqs, decode_only, seconds in values["shapes"]
             }
-            return cls(shapes, Work(**{name: float(price) for name, price in values["prices"].items()}))
+            prices = Work(**{name: float(price) for name, price in values["prices"].items()})
+            return cls(shapes, prices, None if values["tiles"] is None else Tiles.from_json(values["tiles"]))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is no fitted cost model ({error!r})") from error
