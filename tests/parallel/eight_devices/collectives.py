@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import re
 from collections import Counter
@@ -10,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from benchmarks import scaling
+from benchmarks.hlo import work
 from jaxllm.execution.abstract import (
     abstract_cache,
     abstract_parameters,
@@ -99,3 +102,31 @@ def test_one_device_is_lowered_without_a_mesh() -> None:
     for feature_major in (False, True):
         assert not re.search("all_reduce|collective|shard|mesh", lower(1, feature_major, MIXED).as_text())
     assert re.search("all_reduce", lower(2, False, MIXED).as_text())
+
+
+@STEPS
+def test_work_by_hand(tensor: int, feature_major: bool, shape: StepShape) -> None:
+    """What `benchmarks.scaling` counts in a module is what Megatron's split comes to on paper."""
+    counted = work(module(tensor, feature_major, shape))
+    heads, hidden, head_dim, inner = 16, MODEL.hidden_size, MODEL.head_dim, MODEL.intermediate_size
+    rows = -(-VOCABULARY // (256 * tensor)) * 256
+    layer = hidden * head_dim * (2 * heads + 2 * 8) // tensor + 3 * hidden * inner // tensor
+    assert counted.flops == 2 * (LAYERS * layer * shape.num_tokens + hidden * rows * shape.num_seqs)
+    # Twice a layer, and once for the embeddings; the sampler's are a chunk of the vocabulary at most.
+    sums = (2 * LAYERS + 1) * shape.num_tokens * hidden
+    assert 0 <= counted.elements["all-reduce"] - sums <= (256 + 8) * shape.num_seqs
+    assert counted.collectives["all-reduce"] >= 2 * LAYERS + 1
+
+
+def test_what_a_device_holds_by_hand() -> None:
+    options = argparse.Namespace(seqs_per_chip=2, tokens_per_chip=9, context=100, dtype="bfloat16")
+    one = scaling.count(MODEL, "decode", 4, options)
+    layer = 40 * 6 * (2 * 16 + 2 * 8) // 4 + 3 * 40 * 88 // 4
+    norms = 2 * 40 + 2 * 6
+    table = 40 * 6144 // 4
+    assert one.weight_bytes == 2 * (LAYERS * (layer + norms) + 40 + 2 * table)
+    assert one.read_bytes == one.weight_bytes - 2 * table  # the embeddings are only looked up
+    assert one.kv_bytes == 2 * 8 * 100 * LAYERS * 2 * 2 * 6
+    assert one.attention_flops == 4 * 8 * 100 * LAYERS * 4 * 6
+    assert one.num_tokens == 8
+    assert one.all_reduce_bytes >= 2 * (2 * LAYERS + 1) * 8 * 40

@@ -1,0 +1,82 @@
+"""What the scaling benchmark promises of meshes, by hand and by what must hold of any."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks.scaling import draw
+from benchmarks.weak_scaling import Counts, points, smallest_tensor, takeover
+from jaxllm.scheduling.simulator import DEVICES, INTERCONNECTS
+
+H200, LINKS = DEVICES["h200"], INTERCONNECTS["h200"]
+LAYERS, WEIGHTS = 80, 140e9
+
+
+def counts_of(tensor: int) -> Counts:
+    """A model like Llama-3.1-70B with two requests a chip."""
+    tokens = 2 * tensor
+    return Counts(
+        "decode", tensor, tokens, LAYERS, 8192, 2,
+        product_flops=round(2 * tokens * WEIGHTS / 2 / tensor),
+        attention_flops=0,
+        weight_bytes=round(WEIGHTS / tensor),
+        read_bytes=round(WEIGHTS / tensor),
+        kv_bytes=10**9,
+        all_reduces=161 if tensor > 1 else 0,
+        all_reduce_bytes=161 * tokens * 8192 * 2,
+        other_bytes=0,
+    )  # fmt: skip
+
+
+COUNTS = [counts_of(2**i) for i in range(7)]
+
+
+def test_a_step_by_hand() -> None:
+    two = COUNTS[1]
+    assert two.compute_seconds(H200) == pytest.approx((70e9 + 1e9) / (4800e9 * 0.8))
+    each = 4 * 8192 * 2
+    assert two.all_reduce_seconds(LINKS) == pytest.approx(161 * (each / 0.8 / 450e9 + 8e-6))
+    # The largest of three stages has 27 of 80 layers.
+    assert two.compute_seconds(H200, 3) == pytest.approx(two.compute_seconds(H200) * 27 / 80)
+    assert COUNTS[0].all_reduce_seconds(LINKS) == 0
+
+
+def test_the_smallest_mesh_holds_the_model() -> None:
+    assert smallest_tensor(COUNTS, H200, LINKS).tensor == 2
+    with pytest.raises(ValueError, match="fits on no counted number of h200"):
+        smallest_tensor([replace(one, kv_bytes=10**12) for one in COUNTS], H200, LINKS)
+
+
+def test_meshes_up_to_256_chips(tmp_path: Path) -> None:
+    found = list(points(COUNTS, H200, LINKS, COUNTS[1], 256))
+    by_plan = {plan: [p for p in found if p.plan == plan] for plan in {p.plan for p in found}}
+    assert [p.tensor for p in by_plan["tensor"]] == [2, 4, 8]  # as many as a switch joins
+    assert [p.chips for p in by_plan["tensor x data"]] == [2, 4, 8, 16, 32, 64, 128, 256]
+    assert max(p.pipe for p in by_plan["tensor x pipe"]) == 64  # no stage without a layer
+    # Replicas say nothing to each other.
+    assert len({p.tokens_per_chip for p in by_plan["tensor x data"]}) == 1
+    for point in found:
+        assert point.tokens_per_chip == pytest.approx(
+            point.data * 2 * point.tensor / point.seconds / point.chips
+        )
+        assert (point.hand_on > 0) == (point.pipe > 1)
+    draw(found, "", tmp_path / "out.png")
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_where_summing_takes_over() -> None:
+    v5e, links = DEVICES["v5e"], INTERCONNECTS["v5e"]
+    prefills = [
+        replace(one, kind="prefill", num_tokens=256 * one.tensor, all_reduce_bytes=128 * one.all_reduce_bytes)
+        for one in COUNTS
+    ]
+    found = list(points(prefills, v5e, links, prefills[3], 256))
+    at = takeover(found)
+    assert at is not None
+    for point in found:
+        if point.plan == "tensor":
+            assert (point.all_reduce > point.compute) == (point.tensor >= at)
+    assert takeover([p for p in found if p.plan != "tensor"]) is None
