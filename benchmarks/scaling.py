@@ -21,7 +21,7 @@ from benchmarks.cost import DTYPE_BYTES
 from benchmarks.hlo import Work, parse, work
 from benchmarks.report import add_output_arguments, print_table, save, write_json
 from benchmarks.shapes import SHAPES
-from benchmarks.weak_scaling import Counts, Point, points, smallest_tensor, takeover
+from benchmarks.weak_scaling import Counts, Point, fitting, points, takeover
 from jaxllm.scheduling.simulator.devices import DEVICES, INTERCONNECTS
 
 if TYPE_CHECKING:
@@ -218,7 +218,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tensor", type=_sizes, default=[1, 2, 4, 8, 16, 32, 64], metavar="N,N,...")
     parser.add_argument("--dtype", choices=list(DTYPE_BYTES), default="bfloat16", help="of weights and cache")
     parser.add_argument(
-        "--seqs-per-chip", type=int, default=4, help="requests that each chip brings to a decode"
+        "--seqs-per-chip", type=int, default=2, help="requests that each chip brings to a decode"
     )
     parser.add_argument(
         "--tokens-per-chip", type=int, default=256, help="prompt tokens it brings to a prefill"
@@ -242,12 +242,10 @@ def main(arguments: list[str] | None = None) -> None:
     for kind in ("decode", "prefill"):
         for name in DEVICE_NAMES:
             device, links = DEVICES[name], INTERCONNECTS[name]
-            own = [one for one in counts if one.kind == kind]
-            decodes = [one for one in counts if one.kind == "decode"]
-            # The same mesh for both kinds of step: what decodes hold is what must fit.
-            least = smallest_tensor(decodes, device, links).tensor
-            smallest = next(one for one in own if one.tensor == least)
-            promised += points(own, device, links, smallest, options.chips)
+            # The same meshes for both kinds of step: what decodes hold is what must fit.
+            sizes = fitting([one for one in counts if one.kind == "decode"], device, links)
+            own = [one for one in counts if one.kind == kind and one.tensor in sizes]
+            promised += points(own, device, links, options.chips)
     title = f"{options.shape}, {options.dtype}: weak scaling to {options.chips} chips"
     print_points(promised, title)
     settings: dict[str, Any] = {k: v for k, v in vars(options).items() if k not in ("json", "plot")}

@@ -101,22 +101,28 @@ class Point:
         return self.compute + self.all_reduce + self.hand_on
 
 
-def smallest_tensor(counts: Sequence[Counts], device: Device, links: Interconnect) -> Counts:
-    """The fewest devices that hold the weights, and the keys and values of their own requests.
+def fitting(decodes: Sequence[Counts], device: Device, links: Interconnect) -> list[int]:
+    """Sizes of `tensor`, the smallest first, that hold the weights, and keys and values of their requests.
+
+    More devices than KV heads hold copies of them, so that a size may be too large, too.
 
     Raises:
         ValueError: none of the counted ones do.
     """
-    for one in sorted(counts, key=lambda c: c.tensor):
-        if one.weight_bytes + one.kv_bytes < device.memory * MEMORY_SHARE and one.tensor <= links.domain:
-            return one
-    raise ValueError(f"the model fits on no counted number of {device.name}; count more")
+    sizes = sorted(
+        one.tensor
+        for one in decodes
+        if one.weight_bytes + one.kv_bytes < device.memory * MEMORY_SHARE and one.tensor <= links.domain
+    )
+    if not sizes:
+        raise ValueError(f"the model fits on no counted number of {device.name}; count more")
+    return sizes
 
 
-def points(
-    counts: Sequence[Counts], device: Device, links: Interconnect, smallest: Counts, most: int
-) -> Iterator[Point]:
+def points(counts: Sequence[Counts], device: Device, links: Interconnect, most: int) -> Iterator[Point]:
     """Every mesh up to so many chips: of `tensor` alone, and of the smallest `tensor` by `data` or `pipe`."""
+    counts = sorted(counts, key=lambda one: one.tensor)
+    smallest = counts[0]
 
     def point(plan: str, one: Counts, data: int, pipe: int) -> Point:
         compute, summing = one.compute_seconds(device, pipe), one.all_reduce_seconds(links, pipe)
@@ -127,8 +133,8 @@ def points(
         rate = one.num_tokens / (compute + summing + hand_on) / (pipe * one.tensor)
         return Point(one.kind, device.name, plan, data, pipe, one.tensor, compute, summing, hand_on, rate)
 
-    for one in sorted(counts, key=lambda c: c.tensor):
-        if smallest.tensor <= one.tensor <= min(links.domain, most):
+    for one in counts:
+        if one.tensor <= most:
             yield point("tensor", one, 1, 1)
     replicas = 1
     while replicas * smallest.tensor <= most:

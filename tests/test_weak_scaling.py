@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.scaling import draw
-from benchmarks.weak_scaling import Counts, points, smallest_tensor, takeover
+from benchmarks.weak_scaling import Counts, fitting, points, takeover
 from jaxllm.scheduling.simulator import DEVICES, INTERCONNECTS
 
 H200, LINKS = DEVICES["h200"], INTERCONNECTS["h200"]
@@ -44,16 +44,18 @@ def test_a_step_by_hand() -> None:
     assert COUNTS[0].all_reduce_seconds(LINKS) == 0
 
 
-def test_the_smallest_mesh_holds_the_model() -> None:
-    assert smallest_tensor(COUNTS, H200, LINKS).tensor == 2
+def test_what_fits() -> None:
+    assert fitting(COUNTS, H200, LINKS) == [2, 4, 8]  # as many as a switch joins
+    copied = [replace(one, kv_bytes=one.tensor * 10**10) for one in COUNTS]
+    assert fitting(copied, DEVICES["v5p"], INTERCONNECTS["v5e"]) == [4]
     with pytest.raises(ValueError, match="fits on no counted number of h200"):
-        smallest_tensor([replace(one, kv_bytes=10**12) for one in COUNTS], H200, LINKS)
+        fitting([replace(one, kv_bytes=10**12) for one in COUNTS], H200, LINKS)
 
 
 def test_meshes_up_to_256_chips(tmp_path: Path) -> None:
-    found = list(points(COUNTS, H200, LINKS, COUNTS[1], 256))
+    found = list(points(COUNTS[1:4], H200, LINKS, 256))
     by_plan = {plan: [p for p in found if p.plan == plan] for plan in {p.plan for p in found}}
-    assert [p.tensor for p in by_plan["tensor"]] == [2, 4, 8]  # as many as a switch joins
+    assert [p.tensor for p in by_plan["tensor"]] == [2, 4, 8]
     assert [p.chips for p in by_plan["tensor x data"]] == [2, 4, 8, 16, 32, 64, 128, 256]
     assert max(p.pipe for p in by_plan["tensor x pipe"]) == 64  # no stage without a layer
     # Replicas say nothing to each other.
@@ -73,7 +75,7 @@ def test_where_summing_takes_over() -> None:
         replace(one, kind="prefill", num_tokens=256 * one.tensor, all_reduce_bytes=128 * one.all_reduce_bytes)
         for one in COUNTS
     ]
-    found = list(points(prefills, v5e, links, prefills[3], 256))
+    found = list(points(prefills[3:], v5e, links, 256))
     at = takeover(found)
     assert at is not None
     for point in found:
