@@ -95,7 +95,7 @@ def count(model: ModelConfig, kind: str, tensor: int, options: argparse.Namespac
     num_seqs = num_tokens if decodes else -(-num_tokens // context)
     shape = StepShape(num_tokens, num_seqs, -(-context // PAGE_SIZE), decodes)
     compiled, decoder = compile_step(model, tensor, shape)
-    done: Work = work(parse(compiled.as_text()))
+    done: Work = work(parse(compiled.as_text() or ""))
     sizes, width = held(compiled, decoder), DTYPE_BYTES[options.dtype]
     cache = sizes.pop("cache")
     looked_up = 0 if model.tie_word_embeddings else sizes["embed.weight"]

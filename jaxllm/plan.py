@@ -12,7 +12,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -169,21 +169,9 @@ def draw(layout: Layout, title: str) -> Figure:
         figsize=(max(8.0, 1.7 * layout.tensor + 1), 2.2 + 1.3 * layout.pipe), layout="constrained"
     )
     mesh, memory = figure.subplots(2, 1, height_ratios=(1.3 * layout.pipe, 1))
-    heads, inner = (
-        layout.fitted.num_kv_heads // layout.tensor,
-        layout.fitted.intermediate_size // layout.tensor,
-    )
-    rows = layout.fitted.vocab_size // (layout.tensor * layout.pipe)
-    copies = layout.fitted.num_kv_heads // layout.model.num_kv_heads
     for stage in range(layout.pipe):
-        layers = layout.layers_of(stage)
         for shard in range(layout.tensor):
-            first, last = shard * heads // copies, (shard * heads + heads - 1) // copies
-            begin = (stage * layout.tensor + shard) * rows
-            text = (
-                f"layers {layers.start}-{layers.stop - 1}\nKV heads {first}-{last}\n"
-                f"MLP {shard * inner}-{(shard + 1) * inner - 1}\nvocab {begin}-{begin + rows - 1}"
-            )
+            text = "\n".join(_held(layout, stage, shard))
             colour = f"C{shard % 10}"
             mesh.add_patch(_rectangle(shard, stage, colour, alpha=1 - 0.6 * stage / layout.pipe))
             mesh.text(shard + 0.5, stage + 0.5, text, ha="center", va="center", fontsize=8)
@@ -199,6 +187,37 @@ def draw(layout: Layout, title: str) -> Figure:
     memory.set(yticks=[], xlabel="GiB of a device")
     memory.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.45), frameon=False)
     return figure
+
+
+def _held(layout: Layout, stage: int, shard: int) -> Iterator[str]:
+    """What a device has of everything, a line each."""
+    model, tensor = layout.fitted, layout.tensor
+    layers = layout.layers_of(stage)
+    yield f"layers {_span(layers.start, len(layers))}"
+    copies = model.num_kv_heads // layout.model.num_kv_heads
+    first, last = (index // copies for index in _ends(shard, model.num_kv_heads // tensor))
+    yield f"KV heads {_span(first, last - first + 1)}"
+    has_mlp = model.moe is None or len(model.moe.layers) < model.num_layers
+    if has_mlp:
+        yield f"MLP {_span(shard * (model.intermediate_size // tensor), model.intermediate_size // tensor)}"
+    if model.moe is not None:
+        number, width = model.moe.num_experts, model.moe.intermediate_size
+        [down] = [array for array in layout.arrays if array.name == "layers.mlp.experts.down.weight"]
+        _, own, own_width, _ = down.device_shape
+        yield f"experts {_span(0 if own == number else shard * own, own)}"
+        if own_width < width:
+            yield f"of each {_span(shard * own_width, own_width)}"
+    rows = model.vocab_size // (tensor * layout.pipe)
+    yield f"vocab {_span((stage * tensor + shard) * rows, rows)}"
+
+
+def _ends(index: int, size: int) -> tuple[int, int]:
+    """The first and the last of the part with this index, of parts of a size."""
+    return index * size, (index + 1) * size - 1
+
+
+def _span(first: int, count: int) -> str:
+    return str(first) if count == 1 else f"{first}-{first + count - 1}"
 
 
 def _rectangle(x: int, y: int, colour: str, alpha: float) -> Any:

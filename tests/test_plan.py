@@ -19,7 +19,7 @@ from jaxllm.execution.abstract import abstract_cache, abstract_parameters
 from jaxllm.execution.layout import Layout, lay_out
 from jaxllm.models.decoder import Decoder, DecoderForm
 from jaxllm.models.families import translate_config
-from jaxllm.plan import main
+from jaxllm.plan import _held, main
 from sharding import MESH_AXES
 from tests.parity.cases import CASES
 
@@ -81,6 +81,21 @@ def test_stages_share_the_layers_as_evenly_as_they_can() -> None:
     ]  # fmt: skip
     down = next(array for array in layout.arrays if array.name == "layers.mlp.down.weight")
     assert (down.shape[0], down.device_shape[0]) == (16, 6)
+
+
+def test_the_picture_says_what_a_device_holds() -> None:
+    """Eight copies of four KV heads on 32 devices, and a part of every expert; there is no other MLP."""
+    layout = layout_of("qwen3-30b-a3b", tensor=32, pipe=3)
+    assert list(_held(layout, 1, 31)) == [
+        "layers 16-31", "KV heads 3", "experts 0-127", "of each 744-767", "vocab 112896-114687",
+    ]  # fmt: skip
+    dense = layout_of("llama-3.1-70b", tensor=2)
+    assert list(_held(dense, 0, 1)) == [
+        "layers 0-79",
+        "KV heads 4-7",
+        "MLP 14336-28671",
+        "vocab 64512-129023",
+    ]
 
 
 def test_no_device_is_touched_and_no_weight_is_read(tmp_path: Path) -> None:

@@ -132,10 +132,7 @@ def simulate(
             seconds = cost.seconds(plan) + host_seconds
             device_free = start + seconds
             in_flight.append((plan, device_free))
-            simulation.steps.append(_record_step(plan, start, seconds, scheduler))
-            for entry in plan.scheduled:
-                if entry.request.first_scheduled_time is None:
-                    entry.request.first_scheduled_time = now
+            simulation.steps.append(_record_step(plan, now, start, seconds, scheduler))
         if in_flight:
             plan, end = in_flight.popleft()
             now = max(now, end)
@@ -159,9 +156,12 @@ def _result(plan: Plan, traced: dict[str, TracedRequest]) -> StepResult:
     """What the device would have sampled."""
     token_ids: list[list[int]] = []
     for request, start, num_tokens, samples in plan.scheduled:
-        source = traced.get(request.request_id) if samples else None  # None: it has ended meanwhile
-        index = start + num_tokens - request.num_prompt_tokens
-        token_ids.append([source.output_token_id(index) if source else 0] if samples else [])
+        if not samples:
+            token_ids.append([])
+            continue
+        source = traced.get(request.request_id)  # None: it has ended meanwhile
+        index = start + num_tokens - len(request.prompt_token_ids)
+        token_ids.append([source.output_token_id(index) if source else 0])
     return StepResult(token_ids, [None] * len(token_ids))
 
 
@@ -187,11 +187,15 @@ def _record_request(traced: TracedRequest, request: Request, now: float) -> Requ
     )
 
 
-def _record_step(plan: Plan, start: float, seconds: float, scheduler: Scheduler) -> StepRecord:
-    num_prompt_tokens = sum(
-        min(max(entry.request.num_prompt_tokens - entry.start, 0), entry.num_tokens)
-        for entry in plan.scheduled
-    )
+def _record_step(plan: Plan, now: float, start: float, seconds: float, scheduler: Scheduler) -> StepRecord:
+    num_prompt_tokens = 0
+    for request, first, num_tokens, _ in plan.scheduled:
+        if request.first_scheduled_time is None:
+            request.first_scheduled_time = now
+        # A property would be looked up for every token that is simulated.
+        left = len(request.prompt_token_ids) - first
+        if left > 0:
+            num_prompt_tokens += min(left, num_tokens)
     return StepRecord(
         start,
         seconds,
