@@ -94,7 +94,7 @@ def test_the_picture_says_what_a_device_holds() -> None:
         "layers 0-79",
         "KV heads 4-7",
         "MLP 14336-28671",
-        "vocab 64512-129023",
+        "vocab 64256-128511",
     ]
 
 
