@@ -102,11 +102,12 @@ class Attention(nnx.Module):
             dtype=dtype,
             feature_major=feature_major,
         )
+        # The heads' features as one dimension: a TPU lays out anew, in every step, what has few of them.
         self.output = Linear(
             (config.hidden_size,),
-            (heads, group, head_dim),
+            (heads * group * head_dim,),
             ("embed",),
-            ("kv_heads", None, None),
+            ("kv_heads",),
             bias=config.output_bias,
             dtype=dtype,
             feature_major=feature_major,
@@ -169,7 +170,5 @@ class Attention(nnx.Module):
             decode_only=decode_only,
             backend=self.backend,
         )
-        out = out.reshape(q.shape)
-        if self.feature_major:
-            out = jnp.moveaxis(out, 0, -1)
-        return self.output(out), pages.reshape(kv_pages.shape)
+        out = out.reshape(out.shape[0], -1)
+        return self.output(out.T if self.feature_major else out), pages.reshape(kv_pages.shape)

@@ -1,10 +1,10 @@
 """Where each parameter is found in a checkpoint: tables of names and axis patterns.
 
 A pattern such as `(k g h) d -> k g h d` says how the axes of a tensor on disk lie in a parameter
-of ours: `k` KV heads, `g` queries per KV head, `h` head_dim, `d` hidden size (`c` too, where both
-sides have it), `e` embedding width, `f` MLP width, `x` experts, `i` width of an expert, `s` width of
-the shared expert, `v` vocabulary, `n` learned positions, `t` token types, `l` labels; digits stand for
-themselves.
+of ours: `k` KV heads, `g` queries per KV head, `h` head_dim, `a` width of all query heads, `d` hidden
+size (`c` too, where both sides have it), `e` embedding width, `f` MLP width, `x` experts, `i` width of an
+expert, `s` width of the shared expert, `v` vocabulary, `n` learned positions, `t` token types, `l` labels;
+digits stand for themselves.
 """
 
 from __future__ import annotations
@@ -80,6 +80,7 @@ class _TableBuilder:
             "k": config.num_kv_heads,
             "g": groups,
             "h": config.head_dim,
+            "a": config.num_heads * config.head_dim,
             "d": config.hidden_size,
             "c": config.hidden_size,
             "e": config.embedding_dim,
@@ -164,7 +165,7 @@ def llama_table(config: ModelConfig, names: _ExpertNames = _ExpertNames()) -> Ch
     table.linear(
         f"{layer}.self_attn.o_proj",
         "layers.attention.output",
-        "d (k g h) -> d k g h",
+        "d a",
         "d" if config.output_bias else None,
     )
     table.add(f"{layer}.post_attention_layernorm.weight", "layers.mlp_norm.weight", "d")
@@ -249,7 +250,7 @@ def opt_table(config: ModelConfig) -> CheckpointTable:
     table.linear(
         f"{layer}.self_attn.out_proj",
         "layers.attention.output",
-        "d (k g h) -> d k g h",
+        "d a",
         "d" if config.output_bias else None,
     )
     table.linear(f"{layer}.final_layer_norm", "layers.mlp_norm", "d", "d")
@@ -272,7 +273,7 @@ def gpt2_table(config: ModelConfig) -> CheckpointTable:
     table.add("wpe.weight", "position_embed.weight", "n d")
     table.linear(f"{layer}.ln_1", "layers.attention_norm", "d", "d")
     table.linear(f"{layer}.attn.c_attn", "layers.attention.qkv", "d (3 k h) -> k 3 h d", "(3 k h) -> k 3 h")
-    table.linear(f"{layer}.attn.c_proj", "layers.attention.output", "(k g h) d -> d k g h", "d")
+    table.linear(f"{layer}.attn.c_proj", "layers.attention.output", "a d -> d a", "d")
     table.linear(f"{layer}.ln_2", "layers.mlp_norm", "d", "d")
     table.linear(f"{layer}.mlp.c_fc", "layers.mlp.up", "d f -> f d", "f")
     table.linear(f"{layer}.mlp.c_proj", "layers.mlp.down", "f d -> d f", "d")
@@ -305,7 +306,7 @@ def bert_table(config: ModelConfig) -> CheckpointTable:
             "(k h) -> k h",
             (slice(None), part),
         )
-    table.linear(f"{layer}.attention.output.dense", "layers.attention.output", "d (k g h) -> d k g h", "d")
+    table.linear(f"{layer}.attention.output.dense", "layers.attention.output", "d a", "d")
     table.linear(f"{layer}.attention.output.LayerNorm", "layers.attention_norm", "d", "d")
     table.linear(f"{layer}.intermediate.dense", "layers.mlp.up", "f d", "f")
     table.linear(f"{layer}.output.dense", "layers.mlp.down", "d f", "d")

@@ -40,7 +40,7 @@ def make_specs(config: ModelConfig) -> dict[str, ParameterSpec]:
         add("layers.attention.q_norm.weight", (kv_heads, groups, head_dim), ("kv_heads", None, None))
         add("layers.attention.k_norm.weight", (kv_heads, head_dim), ("kv_heads", None))
     output = "layers.attention.output"
-    add(f"{output}.weight", (hidden, kv_heads, groups, head_dim), ("embed", "kv_heads", None, None))
+    add(f"{output}.weight", (hidden, config.num_heads * head_dim), ("embed", "kv_heads"))
     if config.output_bias:
         add(f"{output}.bias", (hidden,), ("embed",))
     add_norm("layers.mlp_norm")

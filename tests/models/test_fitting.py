@@ -81,12 +81,11 @@ def test_fitted_heads_are_those_of_the_model(
     source = FittedSource(ArraySource({"norm": whole}), {"norm": norm}, {"norm": fitted_norm}, group)
     source.read("norm", None, ((0, fitted.num_kv_heads), (0, 2)), out)
     np.testing.assert_array_equal(out, want)
-    for name in ("qkv", "output"):
-        extra = 2 if name == "qkv" else 0
-        lead, axes = ((), ("kv_heads", None, None)) if extra else ((3,), ("embed", "kv_heads", None, None))
-        stored = ParameterSpec((*lead, kv_heads, group + extra, 2), axes, 2)
+    for name, extra in (("qkv", 2), ("q_norm", 0)):
+        axes = ("kv_heads", None, None)
+        stored = ParameterSpec((kv_heads, group + extra, 2), axes, 2)
         per_head = fitted.queries_per_kv_head
-        spec = ParameterSpec((*lead, fitted.num_kv_heads, per_head + extra, 2), axes, 2)
+        spec = ParameterSpec((fitted.num_kv_heads, per_head + extra, 2), axes, 2)
         whole = rng.normal(size=(2, *stored.shape)).astype(np.float32)
 
         # By definition: query i of all the model's, and the key and value that it attends with.
@@ -155,7 +154,7 @@ def test_a_shard_is_the_model_that_one_device_holds(tensor: int, pipe: int) -> N
 
 def test_what_does_not_divide_is_named() -> None:
     for changes, message in (
-        ({"num_heads": 6}, r"attention.output.weight: the axis 'kv_heads' of size 2 .* 4 shards .*'tensor'"),
+        ({"num_heads": 6}, r"attention.qkv.bias: the axis 'kv_heads' of size 2 .* 4 shards .*'tensor'"),
         ({"intermediate_size": 10}, r"mlp.down.weight: the axis 'mlp' of size 10 .* 4 shards .*'tensor'"),
     ):
         mesh = AbstractMesh((1, 1, 4), MESH_AXES)

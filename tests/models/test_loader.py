@@ -59,7 +59,7 @@ def expected(tensors: dict[str, np.ndarray]) -> dict[str, Any]:
         parts = {
             "layers.attention_norm.weight": t["input_layernorm.weight"],
             "layers.attention.qkv.weight": np.stack(qkv),
-            "layers.attention.output.weight": np.stack([o[:, :12], o[:, 12:]], 1).reshape(12, 2, 2, 6),
+            "layers.attention.output.weight": o,
             "layers.mlp_norm.weight": t["post_attention_layernorm.weight"],
             "layers.mlp.gate_up.weight": np.stack([t["mlp.gate_proj.weight"], t["mlp.up_proj.weight"]]),
             "layers.mlp.down.weight": t["mlp.down_proj.weight"],

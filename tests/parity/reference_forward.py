@@ -121,7 +121,7 @@ def forward(
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         weights /= weights.sum(-1, keepdims=True)
         mixed = np.einsum("kgts,skh->tkgh", weights, value)
-        output = np.einsum("tkgh,dkgh->td", mixed, p["layers.attention.output.weight"][layer])
+        output = mixed.reshape(length, -1) @ p["layers.attention.output.weight"][layer].T
         return output + get("layers.attention.output.bias", layer)
 
     def gated(x: np.ndarray, gate_up: np.ndarray, down: np.ndarray, biases: Any = 0.0) -> np.ndarray:
