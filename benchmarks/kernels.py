@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -227,8 +228,12 @@ def backends_here(dtype: Any) -> list[Backend]:
     """The backends that this machine can run, the oracle left out."""
     if jax.default_backend() == "tpu":
         return ["xla", "tpu"]
-    if jax.default_backend() == "gpu" and dtype != jnp.float32:
-        return ["xla", "gpu"]
+    if jax.default_backend() == "gpu":
+        capability = float(jax.devices()[0].compute_capability)
+        has_triton = importlib.util.find_spec("jax_triton") is not None
+        triton: list[Backend] = ["triton"] if has_triton and capability >= 8.0 else []
+        mosaic: list[Backend] = ["gpu"] if capability >= 9.0 and dtype != jnp.float32 else []
+        return ["xla", *triton, *mosaic]
     return ["xla"]
 
 

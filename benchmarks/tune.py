@@ -64,6 +64,8 @@ def candidates(backend: Backend, layer: LayerShape, page_size: int, *, decode_on
             yield tpu_work.Tiling(queries, k)
     elif backend == "gpu":
         yield from _gpu_candidates(layer, decode_only)
+    elif backend == "triton":
+        yield from _triton_candidates(layer, decode_only)
 
 
 def _gpu_candidates(layer: LayerShape, decode_only: bool) -> Iterator[Any]:
@@ -79,6 +81,21 @@ def _gpu_candidates(layer: LayerShape, decode_only: bool) -> Iterator[Any]:
             continue
         for warpgroups, keys, long_stages in itertools.product((1, 2, 3), (64, 128), (2, 3)):
             yield gpu.Tiling(short, Cut(warpgroups=warpgroups, keys=keys, stages=long_stages))
+
+
+def _triton_candidates(layer: LayerShape, decode_only: bool) -> Iterator[Any]:
+    from pallas_kernels.ragged_paged_attention import triton
+    from pallas_kernels.ragged_paged_attention.triton import Cut, Tiling
+
+    rows = max(16, 1 << (layer.heads // layer.kv_heads - 1).bit_length())
+    for keys, warps, stages, each in itertools.product((32, 64, 128), (4, 8), (2, 3), (0, 4)):
+        splits = -(-each * triton.NUM_SMS // layer.kv_heads)
+        short = Cut(min(rows, 64), keys, splits, min(splits, 64) or 1, warps, stages)
+        if decode_only:
+            yield Tiling(short, Cut(64))
+            continue
+        for long_rows, long_warps in ((64, 4), (128, 4), (128, 8)):
+            yield Tiling(short, Cut(long_rows, keys, warps=long_warps, stages=stages))
 
 
 def tune(backend: Backend, layer_name: str, works: list[str], options: argparse.Namespace) -> Choice | None:

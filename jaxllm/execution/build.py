@@ -15,7 +15,7 @@ from jaxllm.config import EngineConfig
 from jaxllm.errors import ConfigError
 from jaxllm.execution.hosts.startup import Hosts, agree_on_model
 from jaxllm.execution.memory import num_host_pages, num_kv_pages
-from jaxllm.execution.platform import Platform
+from jaxllm.execution.platform import Platform, compute_capability
 from jaxllm.execution.pooling import PoolingRunner
 from jaxllm.execution.runner import Runner
 from jaxllm.layers.attention import choose_backend
@@ -64,7 +64,9 @@ def build_runner(
         dtype=jnp.dtype(config.dtype),
         feature_major=platform.feature_major,
         stack_layers=platform.stack_layers,
-        attention_backend=choose_backend(config.attention_backend, platform.name),
+        attention_backend=choose_backend(
+            config.attention_backend, platform.name, model.head_dim, compute_capability()
+        ),
         # One device needs no mesh, and its steps are compiled without one.
         mesh=mesh if mesh.size > 1 else None,
         expert_parallel=config.enable_expert_parallel,

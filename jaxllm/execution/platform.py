@@ -52,6 +52,15 @@ def current_platform() -> Platform:
     return _PLATFORMS.get(name, Platform(name))
 
 
+def compute_capability() -> float | None:
+    """Of the default device, where that is an NVIDIA GPU."""
+    capability = getattr(jax.devices()[0], "compute_capability", "")
+    try:
+        return float(capability)
+    except ValueError:
+        return None  # other makers' GPUs have names such as gfx942
+
+
 def free_memory(device: jax.Device) -> tuple[int, int]:
     """(total, free) bytes of memory that arrays on the device can use."""
     stats = device.memory_stats() if device.platform != "cpu" else None

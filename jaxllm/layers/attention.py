@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from dataclasses import dataclass
 from typing import cast
@@ -41,26 +42,30 @@ class AttentionInputs:
     span_ends: jax.Array | None = None
 
 
-def choose_backend(requested: str | None, platform: str) -> Backend:
+def choose_backend(
+    requested: str | None, platform: str, head_dim: int, compute_capability: float | None = None
+) -> Backend:
     """The attention backend to run, logged with the reason.
 
+    Args:
+        head_dim: of the model.
+        compute_capability: of an NVIDIA GPU, 8.0 for the first of Ampere.
+
     Raises:
-        ConfigError: an unknown backend was asked for, or one for another platform.
+        ConfigError: an unknown backend was asked for, or one that cannot run here.
     """
-    if requested is None and platform == "tpu":
-        # The portable one would lay out the whole cache anew in every layer.
-        logger.info("attention backend: tpu (this is one; attention_backend='xla' is the portable one)")
-        return "tpu"
     if requested is None:
-        logger.info("attention backend: xla (the portable one; others run where they are asked for)")
-        return "xla"
+        chosen, reason = _best_backend(platform, head_dim, compute_capability)
+        logger.info("attention backend: %s (%s)", chosen, reason)
+        return chosen
     if requested not in BACKENDS:
         raise ConfigError(
             f"attention_backend={requested!r}; there are {', '.join(BACKENDS)}", param="attention_backend"
         )
-    if requested in ("tpu", "gpu") and requested != platform:
+    needed = {"tpu": "tpu", "gpu": "gpu", "triton": "gpu"}.get(requested, platform)
+    if needed != platform:
         raise ConfigError(
-            f"attention_backend={requested!r} runs on a {requested.upper()}, and this process on {platform}; "
+            f"attention_backend={requested!r} runs on a {needed.upper()}, and this process on {platform}; "
             "leave it out, or ask for xla.",
             param="attention_backend",
         )
@@ -70,8 +75,35 @@ def choose_backend(requested: str | None, platform: str) -> Backend:
             "(Python 3.12 or newer), or ask for xla.",
             param="attention_backend",
         )
+    if requested == "triton" and (missing := _missing_for_triton(head_dim, compute_capability)):
+        raise ConfigError(f"attention_backend='triton' {missing}; or ask for xla.", param="attention_backend")
     logger.info("attention backend: %s (asked for)", requested)
     return cast(Backend, requested)
+
+
+def _best_backend(platform: str, head_dim: int, compute_capability: float | None) -> tuple[Backend, str]:
+    """A backend, and why it is chosen."""
+    if platform == "tpu":
+        # The portable one would lay out the whole cache anew in every layer.
+        return "tpu", "this is one; attention_backend='xla' is the portable one"
+    if platform == "gpu" and compute_capability is not None and compute_capability < 9.0:
+        missing = _missing_for_triton(head_dim, compute_capability)
+        if missing is None:
+            return "triton", f"this GPU is older than Hopper, its compute capability {compute_capability}"
+        return "xla", f"the portable one; triton {missing}"
+    return "xla", "the portable one; others run where they are asked for"
+
+
+def _missing_for_triton(head_dim: int, compute_capability: float | None) -> str | None:
+    """What keeps the triton backend from running on a GPU, as the end of a sentence; None is nothing."""
+    if compute_capability is None or compute_capability < 8.0:
+        found = "is of none" if compute_capability is None else f"has {compute_capability}"
+        return f"needs an NVIDIA GPU of compute capability 8.0 (Ampere) or newer, and this one {found}"
+    if head_dim > 256:
+        return f"takes a head_dim of up to 256, and this model has {head_dim}"
+    if importlib.util.find_spec("jax_triton") is None:
+        return "needs jax-triton: pip install 'jaxllm[cuda]', with Python 3.12 or newer"
+    return None
 
 
 class Attention(nnx.Module):

@@ -1,33 +1,21 @@
 """The op on NVIDIA Hopper GPUs (H100, H200): a warp-specialised kernel in Pallas Mosaic GPU, fed by XLA.
 
-XLA scatters the new keys and values into their pages, in place, cuts the queries into tiles and the keys
-into pieces (`gpu_schedule.py`), and gathers the rows of each tile. The kernel (`gpu_kernel.py`) computes
-the attention of every piece. XLA merges the pieces where there are several, and gathers the rows back.
-
-It runs twice where prefills and decodes may be mixed: once for the sequences of few queries, which are
-bound by memory and whose keys are cut into pieces, and once for those of many, which are bound by wgmma.
+`gpu_tiles.py` is what surrounds the kernel, `gpu_schedule.py` how the work is cut, and `gpu_kernel.py` the
+kernel.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.ragged_paged_attention.cache import token_positions, write_new_tokens
 from pallas_kernels.ragged_paged_attention.gpu_kernel import attend_tiles
-from pallas_kernels.ragged_paged_attention.gpu_schedule import (
-    Cut,
-    Tiles,
-    Work,
-    cut_keys,
-    cut_long,
-    cut_short,
-    is_short,
-    short_tiles,
-)
+from pallas_kernels.ragged_paged_attention.gpu_schedule import Cut
+from pallas_kernels.ragged_paged_attention.gpu_tiles import attend_in_tiles, split_decodes
 from pallas_kernels.ragged_paged_attention.options import AttentionOptions
 
 # Streaming multiprocessors of an H100 or H200; on others only the balance of the work differs.
@@ -71,28 +59,22 @@ def attend(
         ValueError: what these kernels cannot do.
     """
     _refuse_unsupported(q, kv_pages, options)
-    tokens, heads, _ = q.shape
-    group = heads // k.shape[1]
     if tiling is None:
         tiling = choose_tiling(q, kv_pages, page_table, options)
-    kv_pages = write_new_tokens(k, v, kv_pages, layer, page_table, seq_lens, query_starts, options)
-    sequence, _, is_real = token_positions(seq_lens, query_starts, tokens)
-
-    def attend_some(tiles: Tiles, cut: Cut) -> tuple[jax.Array, jax.Array]:
-        # Most rows of a decode's tile are there for wgmma only.
-        given = min(64, -(-group // 8) * 8) if options.decode_only else cut.rows
-        out, lse = _attend(q, kv_pages, layer, page_table, tiles, cut, given, options, interpret=interpret)
-        return _rows_of_tokens(out, lse, tiles, sequence, query_starts, group)
-
-    tiles = cut_short(tokens, seq_lens, query_starts, group, options)
-    out, lse = attend_some(tiles, tiling.short)
-    if not options.decode_only:
-        tiles = cut_long(tiling.long.rows, tokens, seq_lens, query_starts, group, options)
-        out_of_long, lse_of_long = attend_some(tiles, tiling.long)
-        short = is_short(query_starts, group)[sequence, None, None]
-        out, lse = jnp.where(short[..., None], out, out_of_long), jnp.where(short, lse, lse_of_long)
-    out = jnp.where(is_real[:, None, None, None], out, 0)
-    return out.astype(q.dtype).reshape(q.shape), kv_pages, lse.reshape(tokens, heads)
+    return attend_in_tiles(
+        q,
+        k,
+        v,
+        kv_pages,
+        layer,
+        page_table,
+        seq_lens,
+        query_starts,
+        options,
+        short=tiling.short,
+        long=tiling.long,
+        kernel=functools.partial(attend_tiles, interpret=interpret),
+    )
 
 
 def choose_tiling(
@@ -113,64 +95,8 @@ def choose_tiling(
     pairs, stages = 1 if wide else 2, 1 if narrow_pages else 2
     if not options.decode_only and capacity <= 4096:
         return Tiling(Cut(pairs=pairs, stages=stages), long)
-    # Four rounds of work for each warpgroup that computes even out what is uneven. Merging reads as many
-    # pieces of a tile as there may be, so many tiles are cut into few.
-    splits = -(-4 * NUM_SMS * pairs // kv_heads)
-    most = 512 if options.decode_only else 256
-    pieces = min(splits, 64, -(-most // (num_seqs * short_tiles(group))))
+    splits, pieces = split_decodes(group, kv_heads, num_seqs, NUM_SMS * pairs, 64, options)
     return Tiling(Cut(pairs=pairs, stages=stages, splits=splits, pieces=pieces), long)
-
-
-def _attend(
-    q: jax.Array,
-    kv_pages: jax.Array,
-    layer: jax.Array | int,
-    page_table: jax.Array,
-    tiles: Tiles,
-    cut: Cut,
-    given: int,
-    options: AttentionOptions,
-    *,
-    interpret: Any,
-) -> tuple[jax.Array, jax.Array]:
-    """Attention of tiles: (out [tiles, kv_heads, given, D], lse float32[tiles, kv_heads, R])."""
-    tokens, heads, head_dim = q.shape
-    kv_heads = kv_pages.shape[3] // 2
-    group = heads // kv_heads
-    work = cut_keys(tiles, cut, kv_pages.shape[2])
-    token, group_head = tiles.token[:, :given], tiles.group_head[:, :given]
-    q_tiles = q.reshape(tokens, kv_heads, group, head_dim)[token, :, group_head].swapaxes(1, 2)
-
-    def of_rows(of_heads: jax.Array | None) -> jax.Array | None:
-        if of_heads is None:
-            return None
-        return of_heads.astype(jnp.float32).reshape(kv_heads, group)[:, tiles.group_head]
-
-    factors = None
-    if options.k_scale is not None or options.v_scale is not None:
-        scales = [1.0 if s is None else s for s in (options.k_scale, options.v_scale)]
-        factors = jnp.stack([jnp.asarray(s, jnp.float32) for s in scales])
-    out, lse = attend_tiles(
-        q_tiles,
-        kv_pages,
-        jnp.full((1,), layer, jnp.int32),
-        page_table,
-        work.items,
-        tiles.begin,
-        tiles.end,
-        tree=tiles.tree,
-        tree_bits=tiles.tree_bits,
-        position=None if options.alibi_slopes is None else tiles.position,
-        slopes=of_rows(options.alibi_slopes),
-        sinks=of_rows(options.sinks),
-        factors=factors,
-        scale=options.scale,
-        soft_cap=options.soft_cap,
-        cut=cut,
-        out_dtype=jnp.float32 if cut.is_split else q.dtype,
-        interpret=interpret,
-    )
-    return _merge(out, lse, work, cut.pieces) if cut.is_split else (out, lse)
 
 
 def _refuse_unsupported(q: jax.Array, kv_pages: jax.Array, options: AttentionOptions) -> None:
@@ -202,37 +128,3 @@ def _refuse_unsupported(q: jax.Array, kv_pages: jax.Array, options: AttentionOpt
             "The gpu backend takes trees of up to 64 tokens; tree_mask has "
             f"{options.tree_mask.shape[1]} columns. Verify fewer at a time, or use backend='xla'."
         )
-
-
-def _merge(out: jax.Array, lse: jax.Array, work: Work, pieces: int) -> tuple[jax.Array, jax.Array]:
-    """[items, ...] to [tiles, ...]: the mean of a tile's pieces, weighted by their shares of the softmax."""
-    piece = jnp.arange(pieces, dtype=jnp.int32)
-    item = work.first[:, None] + jnp.minimum(piece, work.pieces[:, None] - 1)
-    item = jnp.clip(item, 0, out.shape[0] - 1)
-    exists = (piece < work.pieces[:, None])[:, :, None, None]
-    parts = jnp.where(exists, lse[item], -jnp.inf)
-    total = jax.nn.logsumexp(parts, axis=1)
-    given = out.shape[2]
-    share = jnp.where(exists, jnp.exp(parts - total[:, None]), 0)[..., :given, None]
-    # A tile without pieces points at results that were never written.
-    return jnp.where(share > 0, share * out[item], 0).sum(axis=1), total
-
-
-def _rows_of_tokens(
-    out: jax.Array,
-    lse: jax.Array,
-    tiles: Tiles,
-    sequence: jax.Array,
-    query_starts: jax.Array,
-    group: int,
-) -> tuple[jax.Array, jax.Array]:
-    """out [tiles, kv_heads, r, D] and lse [tiles, kv_heads, R] to [T, kv_heads, group, ...].
-
-    Tokens that are in none of the tiles get anything.
-    """
-    rows = lse.shape[2]
-    row = jnp.arange(sequence.shape[0], dtype=jnp.int32) - query_starts[sequence]
-    row = row[:, None] * group + jnp.arange(group, dtype=jnp.int32)
-    tile = jnp.clip(tiles.first[sequence][:, None] + row // rows, 0, out.shape[0] - 1)
-    row = jnp.minimum(row % rows, out.shape[2] - 1)
-    return out[tile, :, row].swapaxes(1, 2), lse[tile, :, row].swapaxes(1, 2)

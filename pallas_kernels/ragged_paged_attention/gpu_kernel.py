@@ -1,4 +1,4 @@
-"""The attention of `gpu.py` as a kernel in Pallas Mosaic GPU, for Hopper.
+"""The attention of `gpu_tiles.py` as a kernel in Pallas Mosaic GPU, for Hopper.
 
 Computes softmax(q k^T) v for tiles of query rows (`gpu_schedule.py`) in one pass over their keys, with a
 running maximum and sum (Milakov & Gimelshein 2018; Dao et al. 2022).
@@ -80,24 +80,7 @@ def attend_tiles(
     out_dtype: Any,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention of every item.
-
-    Args:
-        q: [tiles, kv_heads, r, D], the first r rows of every tile, r a multiple of 8; the others may hold
-            anything.
-        kv_pages: [layers, pages, page_size, 2 * kv_heads, D].
-        layer: int32[1].
-        page_table: int32[S, P].
-        items: int32[items, 7], see `schedule.Work`.
-        begin, end, tree, tree_bits: the keys that each row sees, see `schedule.Tiles`.
-        position, slopes: int32[tiles, R] and float32[kv_heads, tiles, R], for ALiBi.
-        sinks: float32[kv_heads, tiles, R].
-        factors: float32[2], of keys and of values.
-        interpret: `plgpu.InterpretGPUParams` to simulate the kernel on a CPU.
-
-    Returns:
-        (out [items, kv_heads, r, D], lse float32[items, kv_heads, R]). Items without keys are not written.
-    """
+    """A `gpu_tiles.TileKernel`; interpret: `plgpu.InterpretGPUParams` to simulate it on a CPU."""
     _, kv_heads, given, head_dim = q.shape
     layers, num_pages, page_size = kv_pages.shape[:3]
     pages = Pages(kv_heads, head_dim, page_size, num_pages, kv_pages.dtype, q.dtype)

@@ -10,7 +10,7 @@ the layer.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -23,18 +23,39 @@ NOWHERE = 2**31 - 1  # past every key
 TILE, SEQUENCE, START, STOP, FULL_START, FULL_STOP, PIECE = range(7)
 
 
+class KeyCut(Protocol):
+    """How the work is cut, of a kernel that adds to this what it does with a tile.
+
+    Attributes:
+        rows: of a tile.
+        keys: that are multiplied at a time, a block.
+        splits: about how many pieces all keys of a batch are cut into, so that few long sequences
+            still fill the device; 0 leaves the keys of a tile whole.
+        pieces: the most pieces that the keys of one tile are cut into.
+    """
+
+    @property
+    def rows(self) -> int: ...
+    @property
+    def keys(self) -> int: ...
+    @property
+    def splits(self) -> int: ...
+    @property
+    def pieces(self) -> int: ...
+    @property
+    def is_split(self) -> bool: ...
+
+
 @dataclass(frozen=True)
 class Cut:
-    """How the work is cut, and what of it a thread block does at a time.
+    """The cut of the Mosaic kernel, and what of it a thread block does at a time.
 
     Attributes:
         warpgroups: warpgroups that compute one tile, 64 rows each.
         pairs: tiles (of two key-value heads or two items) that a thread block works on side by side.
         keys: keys that are multiplied at a time, a block; 64 or 128.
         stages: blocks of keys and of values in flight.
-        splits: about how many pieces all keys of a batch are cut into, so that few long sequences
-            still fill the device; 0 leaves the keys of a tile whole.
-        pieces: the most pieces that the keys of one tile are cut into.
+        splits, pieces: see `KeyCut`.
     """
 
     warpgroups: int = 1
@@ -101,20 +122,25 @@ class Work(NamedTuple):
     pieces: jax.Array
 
 
-def short_tiles(group: int) -> int:
-    """Tiles of 64 rows that a short sequence has: as many as one token needs."""
-    return -(-group // 64)
+def short_tiles(group: int, rows: int = 64) -> int:
+    """Tiles of so many rows that a short sequence has: as many as one token needs."""
+    return -(-group // rows)
 
 
-def is_short(query_starts: jax.Array, group: int) -> jax.Array:
+def is_short(query_starts: jax.Array, group: int, rows: int = 64) -> jax.Array:
     """bool[S]: whether all rows of a sequence fit into the tiles that its last token alone would need."""
-    return (query_starts[1:] - query_starts[:-1]) * group <= 64 * short_tiles(group)
+    return (query_starts[1:] - query_starts[:-1]) * group <= rows * short_tiles(group, rows)
 
 
 def cut_short(
-    num_tokens: int, seq_lens: jax.Array, query_starts: jax.Array, group: int, options: AttentionOptions
+    rows: int,
+    num_tokens: int,
+    seq_lens: jax.Array,
+    query_starts: jax.Array,
+    group: int,
+    options: AttentionOptions,
 ) -> Tiles:
-    """The tiles of short sequences, 64 rows each: decodes, and drafts that are verified; no others.
+    """The tiles of short sequences, `rows` rows each: decodes, and drafts that are verified; no others.
 
     Args:
         num_tokens: T, of which the last may be padding.
@@ -122,13 +148,13 @@ def cut_short(
         query_starts: int32[S + 1].
         group: query heads of a key-value head.
     """
-    each = short_tiles(group)
+    each = short_tiles(group, rows)
     queries = query_starts[1:] - query_starts[:-1]
     first = jnp.arange(seq_lens.shape[0], dtype=jnp.int32) * each
     tile = jnp.arange(seq_lens.shape[0] * each, dtype=jnp.int32)
     sequence = tile // each
-    used = is_short(query_starts, group)[sequence] & (tile % each * 64 < queries[sequence] * group)
-    return _tiles(64, num_tokens, seq_lens, query_starts, group, sequence, used, first, options)
+    used = is_short(query_starts, group, rows)[sequence] & (tile % each * rows < queries[sequence] * group)
+    return _tiles(rows, num_tokens, seq_lens, query_starts, group, sequence, used, first, options)
 
 
 def cut_long(
@@ -138,10 +164,12 @@ def cut_long(
     query_starts: jax.Array,
     group: int,
     options: AttentionOptions,
+    *,
+    short_rows: int = 64,
 ) -> Tiles:
     """The tiles of all sequences that are not short, `rows` rows each; the rest as for `cut_short`."""
     num_seqs = seq_lens.shape[0]
-    queries = jnp.where(is_short(query_starts, group), 0, query_starts[1:] - query_starts[:-1])
+    queries = jnp.where(is_short(query_starts, group, short_rows), 0, query_starts[1:] - query_starts[:-1])
     each = -(-queries * group // rows)
     last = jnp.cumsum(each, dtype=jnp.int32)
     # As many tiles as a batch can have.
@@ -193,7 +221,7 @@ def _packed(mask: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(bits.sum(axis=2, dtype=jnp.uint32), jnp.int32)
 
 
-def cut_keys(tiles: Tiles, cut: Cut, page_size: int) -> Work:
+def cut_keys(tiles: Tiles, cut: KeyCut, page_size: int) -> Work:
     """Gives every tile its keys, in one piece or, where `cut` says so, in several of like length."""
     align = min(cut.keys, page_size)
     start = tiles.begin.min(axis=1) // align * align

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.ragged_paged_attention import gpu, gpu_schedule
+from pallas_kernels.ragged_paged_attention import gpu, gpu_schedule, gpu_tiles
 from pallas_kernels.ragged_paged_attention.gpu_schedule import Cut
 from pallas_kernels.ragged_paged_attention.options import AttentionOptions
 from tests.kernels.oracle import TOLERANCE, check, oracle
@@ -128,8 +128,8 @@ def test_extreme_logits_stay_finite(size: float) -> None:
 
 
 def _shift(cut: Callable[..., Any], column: str, by: int) -> Callable[..., Any]:
-    def shifted(*args: Any) -> Any:
-        tiles = cut(*args)
+    def shifted(*args: Any, **options: Any) -> Any:
+        tiles = cut(*args, **options)
         return tiles._replace(**{column: getattr(tiles, column) + by})
 
     return shifted
@@ -153,7 +153,7 @@ ONE_LONG = [(0, 0), (0, 0), (40, 39)]
 def test_the_check_catches(cut: str, column: str, by: int, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = Mixed(2, 1, 64, 8, 10, 3, 40, window=9, alibi=column == "position")
     batch = random_batch(shape, 0, 1.0, SOME_SHORT if cut == "cut_short" else ONE_LONG)
-    monkeypatch.setattr(gpu, cut, _shift(getattr(gpu, cut), column, by))
+    monkeypatch.setattr(gpu_tiles, cut, _shift(getattr(gpu_tiles, cut), column, by))
     with pytest.raises(AssertionError):
         check(batch, shape, *run(batch, shape, WIDE))
 
@@ -197,7 +197,7 @@ def test_every_row_meets_each_of_its_keys_once(
     short = np.asarray(gpu_schedule.is_short(query_starts, group))
     assert short[new <= 1].all()
     for tiles, rows, mine in (
-        (gpu_schedule.cut_short(*batch), 64, short),
+        (gpu_schedule.cut_short(64, *batch), 64, short),
         (gpu_schedule.cut_long(cut.rows, *batch), cut.rows, ~short),
     ):
         work = gpu_schedule.cut_keys(tiles, cut, page_size)

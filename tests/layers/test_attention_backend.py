@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 
 import jax
@@ -12,23 +13,54 @@ from jaxllm.layers.attention import choose_backend
 from pallas_kernels.ragged_paged_attention import BACKENDS
 
 
+@pytest.fixture(params=[True, False])
+def has_jax_triton(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    found = object() if request.param else None
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
+    return bool(request.param)
+
+
 def test_the_choice_is_logged_with_its_reason(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        assert choose_backend(None, "cpu") == choose_backend(None, "gpu") == "xla"
-        assert choose_backend(None, "tpu") == "tpu"
-        assert choose_backend("xla", "tpu") == "xla"
-        assert choose_backend("reference", "cpu") == "reference"
-        assert choose_backend("tpu", "tpu") == "tpu"
+        assert choose_backend(None, "cpu", 64) == choose_backend(None, "gpu", 64) == "xla"
+        assert choose_backend(None, "tpu", 64) == "tpu"
+        assert choose_backend("xla", "tpu", 64) == "xla"
+        assert choose_backend("reference", "cpu", 64) == "reference"
+        assert choose_backend("tpu", "tpu", 64) == "tpu"
     assert "xla (the portable one" in caplog.text
     assert "reference (asked for)" in caplog.text
 
 
+def test_a_gpu_older_than_hopper_takes_triton(has_jax_triton: bool, caplog: pytest.LogCaptureFixture) -> None:
+    best = "triton" if has_jax_triton else "xla"
+    with caplog.at_level(logging.INFO):
+        assert choose_backend(None, "gpu", 128, 8.0) == choose_backend(None, "gpu", 256, 8.9) == best
+    assert (
+        "older than Hopper, its compute capability 8.9" if has_jax_triton else "pip install"
+    ) in caplog.text
+    with caplog.at_level(logging.INFO):
+        assert choose_backend(None, "gpu", 128, 7.5) == choose_backend(None, "gpu", 512, 8.0) == "xla"
+        assert choose_backend(None, "gpu", 128, 9.0) == choose_backend(None, "gpu", 128, None) == "xla"
+    assert "8.0 (Ampere) or newer, and this one has 7.5" in caplog.text
+    assert "head_dim of up to 256, and this model has 512" in caplog.text
+
+
+def test_triton_may_be_asked_for_where_it_runs(has_jax_triton: bool) -> None:
+    if has_jax_triton:
+        assert choose_backend("triton", "gpu", 128, 9.0) == "triton"
+    else:
+        with pytest.raises(ConfigError, match=r"needs jax-triton: pip install"):
+            choose_backend("triton", "gpu", 128, 9.0)
+    with pytest.raises(ConfigError, match=r"NVIDIA GPU.*and this one is of none; or ask for xla"):
+        choose_backend("triton", "gpu", 128)
+
+
 def test_what_cannot_run_here_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=f"there are {', '.join(BACKENDS)}"):
-        choose_backend("cuda", "gpu")
-    for backend in ("tpu", "gpu"):
-        with pytest.raises(ConfigError, match=f"runs on a {backend.upper()}, and this process on cpu"):
-            choose_backend(backend, "cpu")
+        choose_backend("cuda", "gpu", 64)
+    for backend, needed in (("tpu", "TPU"), ("gpu", "GPU"), ("triton", "GPU")):
+        with pytest.raises(ConfigError, match=f"runs on a {needed}, and this process on cpu"):
+            choose_backend(backend, "cpu", 64)
     monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
     with pytest.raises(ConfigError, match=r"needs JAX 0\.11"):
-        choose_backend("gpu", "gpu")
+        choose_backend("gpu", "gpu", 64)

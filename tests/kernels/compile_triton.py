@@ -1,0 +1,160 @@
+"""Compiles the Triton kernel for a GPU that is not here, and says what came of it.
+
+python -m tests.kernels.compile_triton 80 [name ...]     prints a line of JSON for every kernel
+
+The number is a compute capability. Needs Triton, which brings an assembler; neither a GPU nor JAX's plugin.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from pallas_kernels.ragged_paged_attention import triton as backend
+from pallas_kernels.ragged_paged_attention.options import AttentionOptions
+from pallas_kernels.ragged_paged_attention.shapes import LAYERS, LayerShape
+from pallas_kernels.ragged_paged_attention.triton_kernel import paged_attention
+
+_TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int32": "i32", "int8": "i8"}
+
+
+@dataclass(frozen=True)
+class Case:
+    layer: LayerShape
+    decode_only: bool
+    page_size: int = 16
+    num_seqs: int = 64
+    dtype: Any = jnp.bfloat16
+    cache_dtype: Any = None
+    tree_width: int | None = None
+
+
+LLAMA = LAYERS["llama-3.1-8b"]
+CASES = {
+    **{f"{name}, decode": Case(layer, True) for name, layer in LAYERS.items()},
+    **{f"{name}, mixed": Case(layer, False) for name, layer in LAYERS.items()},
+    "trees, mixed": Case(LLAMA, False, tree_width=64),
+    "float16, mixed": Case(LLAMA, False, dtype=jnp.float16),
+    "float32, mixed": Case(LLAMA, False, dtype=jnp.float32),
+    **{
+        f"{dtype} pages, decode": Case(LLAMA, True, cache_dtype=jnp.dtype(dtype))
+        for dtype in ("int8", "float8_e4m3fn", "float8_e5m2")
+    },
+    "float8_e4m3fn pages, mixed": Case(LLAMA, False, cache_dtype=jnp.float8_e4m3fn),
+}
+
+
+def launches(case: Case) -> list[backend.Launch]:
+    """The kernels that a call of the op runs, with operands that have no values."""
+    layer, found = case.layer, []
+    tokens = case.num_seqs if case.decode_only else 2048
+
+    def array(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    arrays: dict[str, Any] = {}
+    if layer.sinks:
+        arrays["sinks"] = array(layer.heads, dtype=jnp.float32)
+    if layer.alibi:
+        arrays["alibi_slopes"] = array(layer.heads, dtype=jnp.float32)
+    if layer.spans:
+        arrays["span_ends"] = array(tokens)
+    if case.tree_width is not None:
+        arrays["tree_mask"] = array(tokens, case.tree_width, dtype=jnp.bool)
+    if case.cache_dtype is not None:
+        arrays["k_scale"] = arrays["v_scale"] = array(dtype=jnp.float32)
+
+    def record(launch: backend.Launch) -> tuple[jax.Array, jax.Array]:
+        found.append(launch)
+        out, lse = (jnp.zeros(result.shape, result.dtype) for result in launch.results)
+        return out, lse
+
+    def attend(arrays: dict[str, Any], *operands: Any) -> Any:
+        options = AttentionOptions(
+            scale=layer.head_dim**-0.5,
+            window=layer.window,
+            soft_cap=layer.soft_cap,
+            decode_only=case.decode_only,
+            **arrays,
+        )
+        return backend.attend(*operands, options, launch=record)
+
+    seqs, dtype = case.num_seqs, case.dtype
+    new = array(tokens, layer.kv_heads, layer.head_dim, dtype=dtype)
+    cache = (2, 4096, case.page_size, 2 * layer.kv_heads, layer.head_dim)
+    jax.eval_shape(
+        attend,
+        arrays,
+        array(tokens, layer.heads, layer.head_dim, dtype=dtype),
+        new,
+        new,
+        array(*cache, dtype=case.cache_dtype or dtype),
+        array(),
+        array(seqs, 8192 // case.page_size),
+        array(seqs),
+        array(seqs + 1),
+    )
+    return found
+
+
+def compile_launch(launch: backend.Launch, capability: int) -> dict[str, int]:
+    """What Triton and the assembler say of a kernel: registers of a thread, bytes spilled, shared memory."""
+    pointers = [array.dtype.name for array in (*launch.operands, *launch.results)]
+    names = paged_attention.arg_names
+    signature = {
+        **{name: f"*{_TYPES[dtype]}" for name, dtype in zip(names, pointers, strict=False)},
+        **dict.fromkeys(launch.constants, "constexpr"),
+    }
+    # As jax-triton has it: buffers of XLA are aligned.
+    aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(pointers))}
+    source = ASTSource(paged_attention, signature, launch.constants, aligned)
+    options = {"num_warps": launch.cut.warps, "num_stages": launch.cut.stages}
+    compiled = triton.compile(source, GPUTarget("cuda", capability, 32), options)
+    with tempfile.TemporaryDirectory() as folder:
+        ptx = Path(folder) / "kernel.ptx"
+        ptx.write_text(compiled.asm["ptx"])
+        arch = re.search(r"\.target (sm_\w+)", compiled.asm["ptx"])
+        assert arch is not None
+        command = [triton.knobs.nvidia.ptxas.path, "-v", f"-arch={arch[1]}", ptx, "-o", f"{folder}/cubin"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return {
+        "registers": max(map(int, re.findall(r"Used (\d+) registers", said))),
+        "spilled_bytes": sum(map(int, re.findall(r"(\d+) bytes spill stores", said))),
+        "shared_bytes": compiled.metadata.shared,
+        "tensor_core_products": len(re.findall(r"mma\.sync|wgmma\.mma", compiled.asm["ptx"])),
+    }
+
+
+def kind_of(launch: backend.Launch) -> tuple[Any, ...]:
+    """What a kernel's code depends on: not sizes that only addresses are computed from."""
+    sizes = {"ITEMS", "TILES", "KV_HEADS", "PAGES", "PAGES_PER_SEQ", "GIVEN"}
+    constants = tuple(item for item in launch.constants.items() if item[0] not in sizes)
+    dtypes = tuple(array.dtype.name for array in (*launch.operands, *launch.results))
+    return constants, dtypes, launch.cut.warps, launch.cut.stages
+
+
+def main() -> None:
+    capability, *names = sys.argv[1:]
+    reports: dict[tuple[Any, ...], dict[str, int]] = {}
+    for name in names or CASES:
+        for launch in launches(CASES[name]):
+            kind = kind_of(launch)
+            if kind not in reports:
+                reports[kind] = compile_launch(launch, int(capability))
+            print(json.dumps({"name": name, "rows": launch.cut.rows, **reports[kind]}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
