@@ -90,7 +90,8 @@ def parameter_shardings(
         ConfigError: a size does not divide by the shards it is split into; with both and the array's name.
     """
     shardings = {}
-    for name, spec in specs.items():
+    # The shortest axes first: where heads do not divide, the message is to count heads and not their features.
+    for name, spec in sorted(specs.items(), key=lambda item: _shortest_axis(item[1])):
         axes, shape = spec.axes, spec.shape
         if stack_layers and spec.num_layers is not None:
             axes, shape = ("layers", *axes), (spec.num_layers, *shape)
@@ -99,6 +100,10 @@ def parameter_shardings(
         except ShardingError as error:
             raise ConfigError(str(error)) from error
     return shardings
+
+
+def _shortest_axis(spec: ParameterSpec) -> int:
+    return min((size for size, axis in zip(spec.shape, spec.axes, strict=True) if axis), default=0)
 
 
 class FittedSource:
