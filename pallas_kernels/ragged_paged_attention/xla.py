@@ -52,11 +52,16 @@ class Tiling:
 
     @classmethod
     def choose(cls, kv_heads: int, head_dim: int) -> Tiling:
-        """Decodes gather about 3 MiB at a time: enough to share out, and little enough to stay in a cache."""
-        block = 64 if kv_heads * head_dim <= 256 else 32
+        """Decodes gather about 3 MiB at a time: enough to share out, and little enough to stay in a cache.
+
+        Wide caches take shorter blocks, for the same reason.
+        """
+        narrow = kv_heads * head_dim <= 256
+        block = 64 if narrow else 32
         lanes = (3 << 20) // (block * 2 * kv_heads * head_dim * 4)
         most = min(max(1 << max(lanes, 1).bit_length() - 1, 4), 32)
-        return cls(decode_block=block, decode_lanes=(4, most))
+        short_tiles = (64, 128) if narrow else (64, 64)
+        return cls(decode_block=block, decode_lanes=(4, most), short_tiles=short_tiles)
 
     @classmethod
     def from_fields(cls, fields: dict[str, Any]) -> Tiling:
