@@ -5,6 +5,7 @@ The arguments are those of `offline.py`, which is what runs once the cluster is 
 
 from __future__ import annotations
 
+import ray
 from ray.cluster_utils import Cluster
 
 from tests.hosts import offline
@@ -17,6 +18,7 @@ def main() -> None:
         cluster.connect()
         offline.main()
     finally:
+        ray.shutdown()
         cluster.shutdown()
 
 

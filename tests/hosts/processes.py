@@ -15,14 +15,14 @@ from types import TracebackType
 
 ROOT = Path(__file__).parents[2]
 
-# Of an engine for the models of `tests.parallel.models`: three steps to compile, and preemption soon.
+# Of an engine for the models of `tests.parallel.models`. Compiling is what such tests wait for: two steps.
 ENGINE = {
     "skip_tokenizer_init": True,
-    "max_model_len": 512,
-    "max_num_seqs": 2,
+    "max_model_len": 256,
+    "max_num_seqs": 1,
     "max_num_batched_tokens": 16,
     "block_size": 4,
-    "num_gpu_blocks_override": 160,
+    "num_gpu_blocks_override": 70,
     "max_logprobs": 4,
     "disable_log_stats": True,
     "compilation_cache_dir": "",

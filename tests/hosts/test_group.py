@@ -112,6 +112,11 @@ def test_missing_hosts_are_named_and_those_that_came_are_told() -> None:
     assert next_word(here) == {"kind": "end", "reason": error}
 
 
+def test_a_host_that_will_not_come_is_not_waited_for() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener, pytest.raises(HostError, match="no such node"):
+        await_hosts(listener, 2, 60, lambda hello: None, {}, lambda: "no such node")
+
+
 def test_strangers_and_doubles_do_not_take_a_place() -> None:
     coming = Coming(3)
     first = coming.come(1)

@@ -158,7 +158,7 @@ class HostGroup:
             self.failure = reason
             callbacks, self._callbacks = self._callbacks, []
             self._changed.notify_all()
-        logger.critical("The hosts that share the model end: %s.", reason)
+        logger.critical("The hosts that share the model end: %s", reason)
         self._end({"kind": "end", "reason": reason})
         for callback in callbacks:
             callback(HostError(reason))

@@ -128,7 +128,7 @@ class HostLink:
             time.sleep(HEARTBEAT)
 
     def _leave(self, reason: str) -> NoReturn:
-        logger.critical("Host %d ends: %s.", self.host, reason)
+        logger.critical("Host %d ends: %s", self.host, reason)
         leave_now()
 
 
