@@ -154,7 +154,10 @@ def test_a_shard_is_the_model_that_one_device_holds(tensor: int, pipe: int) -> N
 
 def test_what_does_not_divide_is_named() -> None:
     for changes, message in (
-        ({"num_heads": 6}, r"attention.qkv.(bias|weight): the axis 'kv_heads' of size 2 .* 4 shards .*'tensor'"),
+        (
+            {"num_heads": 6},
+            r"attention.qkv.(bias|weight): the axis 'kv_heads' of size 2 .* 4 shards .*'tensor'",
+        ),
         ({"intermediate_size": 10}, r"mlp.down.weight: the axis 'mlp' of size 10 .* 4 shards .*'tensor'"),
     ):
         mesh = AbstractMesh((1, 1, 4), MESH_AXES)
