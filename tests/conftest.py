@@ -1,15 +1,27 @@
-"""What every test runs under: the CPU unless told otherwise, no network, deterministic examples in CI."""
+"""What every test runs under: the CPU unless told otherwise, no network, deterministic examples in CI,
+and engines that compile no more than they need, quickly.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
+import sys
+from collections.abc import Iterator
+from importlib.metadata import version
 
 # Before anything imports JAX or huggingface_hub, which read these once.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    # Optimising a step takes longer than a test runs it for. `XLA_FLAGS= pytest` tests what users run.
+    quick = "--xla_backend_optimization_level=0"
+    if version("jaxlib").startswith("0.10."):  # newer ones emit fusions in one way only
+        quick += " --xla_cpu_use_fusion_emitters=false"
+    os.environ.setdefault("XLA_FLAGS", quick)
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(
@@ -20,3 +32,14 @@ settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 # A background job of a shell starts with SIGINT ignored, and so would every process that a test starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _largest_shapes() -> Iterator[None]:
+    if "jax" not in sys.modules:  # all tests are collected: there will be no engine
+        yield
+        return
+    from tests.engine_shapes import largest_shapes
+
+    with largest_shapes():
+        yield

@@ -36,6 +36,7 @@ from jaxllm.execution.buckets import step_shapes
 from jaxllm.models.config import ModelConfig, MoEConfig
 from jaxllm.scheduling.simulator import FittedCost, Shape
 from pallas_kernels.ragged_paged_attention.shapes import LAYERS, WORKS, LayerShape, Work
+from tests.engine_shapes import every_shape
 
 # Parameter counts that the models' cards state, in billions.
 PARAMETERS = {
@@ -267,7 +268,8 @@ def test_steps_are_recorded_and_what_is_fitted_is_served(
     common = ["--shape", tiny, "--max-model-len", "64", "--max-num-seqs", "4"]
     common += ["--max-num-batched-tokens", "32"]
     out, steps = tmp_path / "cost.json", tmp_path / "steps.json"
-    profile_steps.main([*common, "--repeats", "1", "--out", str(out), "--json", str(steps)])
+    with every_shape():
+        profile_steps.main([*common, "--repeats", "1", "--out", str(out), "--json", str(steps)])
     cost = FittedCost.load(out)
     # Every shape that such an engine compiles was run.
     compiled = step_shapes(4, 32, 4)

@@ -178,7 +178,7 @@ def test_template_of_the_script_is_the_one_in_the_model() -> None:
 
 @pytest.fixture(scope="module")
 def llm() -> Iterator[LLM]:
-    with LLM(max_model_len=1024, max_num_seqs=8) as model:
+    with LLM(max_model_len=1024, max_num_seqs=8, max_num_batched_tokens=64) as model:
         yield model
 
 

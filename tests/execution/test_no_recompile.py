@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
 import pytest
 
 from jaxllm import LLM, SamplingParams
+from jaxllm.execution.buckets import num_covering
+from tests.engine_shapes import every_shape
 from tests.execution.tiny_model import write_config
 
 VOCAB_SIZE, MAX_LEN = 131, 48
+SETTINGS: dict[str, Any] = {
+    "skip_tokenizer_init": True,
+    "load_format": "dummy",
+    "max_model_len": MAX_LEN,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 16,
+    "block_size": 4,
+    "num_gpu_blocks_override": 20,  # too few for four long sequences, so that some are preempted
+    "max_logprobs": 5,
+    "disable_log_stats": True,
+}
 _compiled: list[str] = []
 
 
@@ -32,19 +46,8 @@ def compiled() -> Iterator[list[str]]:
 @pytest.fixture(scope="module")
 def llm(compiled: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
     before = len(compiled)
-    engine = LLM(
-        write_config(tmp_path_factory.mktemp("tiny")),
-        skip_tokenizer_init=True,
-        load_format="dummy",
-        max_model_len=MAX_LEN,
-        max_num_seqs=4,
-        max_num_batched_tokens=16,
-        block_size=4,
-        num_gpu_blocks_override=20,  # too few for four long sequences, so that some are preempted
-        max_logprobs=5,
-        forbid_recompile=True,
-        disable_log_stats=True,
-    )
+    with every_shape():
+        engine = LLM(write_config(tmp_path_factory.mktemp("tiny")), forbid_recompile=True, **SETTINGS)
     assert len(compiled) > before, "the listener hears nothing"
     yield engine
     engine.shutdown()
@@ -116,6 +119,20 @@ def test_no_request_compiles_anything(llm: LLM, compiled: list[str]) -> None:
                 output.prompt_logprobs[1:], own.prompt_logprobs[1:], output.prompt_token_ids[1:], strict=True
             ):
                 assert at[token].logprob == pytest.approx(same[token].logprob, abs=1e-4)
+
+
+def test_steps_that_are_ready_later_say_the_same(llm: LLM, tmp_path: Path) -> None:
+    rng = random.Random(1)
+    requests = [random_request(rng) for _ in range(12)]
+    given = [prompt for prompt, _ in requests], [params for _, params in requests]
+    expected = tokens(llm.generate(*given, use_tqdm=False))
+    more = {**SETTINGS, "max_num_batched_tokens": 32}
+    with every_shape(), LLM(write_config(tmp_path), **more) as engine:
+        compiler = engine.llm_engine.runner.compiler
+        assert tokens(engine.generate(*given, use_tqdm=False)) == expected
+        compiler.wait_for_all()
+        assert compiler.num_ready == len(compiler.shapes) > num_covering(compiler.shapes)
+        assert tokens(engine.generate(*given, use_tqdm=False)) == expected
 
 
 def test_a_compilation_would_be_heard(compiled: list[str]) -> None:

@@ -27,12 +27,13 @@ from jaxllm.errors import (
 )
 
 GREEDY = SamplingParams(temperature=0, max_tokens=4)
+LIMITS: dict[str, Any] = {"max_model_len": 128, "max_num_seqs": 4, "max_num_batched_tokens": 64}
 GOOD = "Q: What is the capital of France?\nA:"
 
 
 @pytest.fixture(scope="module")
 def llm() -> Iterator[LLM]:
-    with LLM(max_model_len=128, max_num_seqs=4) as llm:
+    with LLM(**LIMITS) as llm:
         yield llm
 
 
@@ -139,7 +140,7 @@ def shard(model: Path) -> list[Path]:
 
 def refuses(model: Path, error: type[JaxLLMError], says: str, **arguments: Any) -> None:
     with pytest.raises(error, match=says):
-        LLM(str(model), **{"max_model_len": 128, "max_num_seqs": 2, **arguments})
+        LLM(str(model), **{**LIMITS, **arguments})
 
 
 def test_more_context_than_the_model_has(model: Path) -> None:
@@ -211,5 +212,5 @@ def test_a_bad_generation_config(model: Path) -> None:
 
 def test_two_shards_are_one_model(model: Path, good_answer: str) -> None:
     shard(model)
-    with LLM(str(model), max_model_len=128, max_num_seqs=2) as llm:
+    with LLM(str(model), **LIMITS) as llm:
         assert llm.generate(GOOD, GREEDY, use_tqdm=False)[0].outputs[0].text == good_answer

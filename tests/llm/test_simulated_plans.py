@@ -37,7 +37,7 @@ def test_plans_are_the_engines_own(policy: str) -> None:
         )
         for index in range(24)
     ]
-    with LLM(max_model_len=128, max_num_seqs=4, scheduling_policy=policy) as llm:
+    with LLM(max_model_len=128, max_num_seqs=4, max_num_batched_tokens=64, scheduling_policy=policy) as llm:
         scheduler, plans = llm.llm_engine.scheduler, Recorder()
         schedule = scheduler.schedule
 

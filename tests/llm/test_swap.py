@@ -68,10 +68,18 @@ def traffic() -> Traffic:
     return prompts, params
 
 
+LIMITS: dict[str, Any] = {
+    "max_model_len": 128,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 32,
+    "num_gpu_blocks_override": 11,  # too few for two long sequences
+    "forbid_recompile": True,
+}
+
+
 def run(traffic: Traffic, **arguments: Any) -> tuple[list[list[int]], int, int]:
     prompts, params = traffic
-    limits = {"max_model_len": 128, "max_num_seqs": 4, "max_num_batched_tokens": 32, "forbid_recompile": True}
-    with LLM(**limits, **arguments) as llm:
+    with LLM(**LIMITS, **arguments) as llm:
         outputs = llm.generate(prompts, params, use_tqdm=False)
         scheduler = llm.llm_engine.scheduler
         scheduler.check_integrity()
@@ -80,26 +88,24 @@ def run(traffic: Traffic, **arguments: Any) -> tuple[list[list[int]], int, int]:
 
 @pytest.fixture(scope="module")
 def expected(traffic: Traffic) -> list[list[int]]:
-    tokens, preemptions, _ = run(traffic, num_gpu_blocks_override=100)
-    assert preemptions == 0
-    return tokens
+    """What each gets when it runs alone, and so has room."""
+    with LLM(**LIMITS) as llm:
+        outputs = [llm.generate(*one, use_tqdm=False)[0] for one in zip(*traffic, strict=True)]
+        assert llm.llm_engine.scheduler.num_preemptions == 0
+        return [output.outputs[0].token_ids for output in outputs]
 
 
 @pytest.mark.parametrize("prefix_caching", [True, False])
-def test_tokens_are_those_of_an_engine_with_room_for_all(
+def test_tokens_are_those_of_requests_that_have_room(
     traffic: Traffic, expected: list[list[int]], prefix_caching: bool
 ) -> None:
-    tokens, preemptions, swaps = run(
-        traffic, num_gpu_blocks_override=11, enable_prefix_caching=prefix_caching, swap_space=0.01
-    )
+    tokens, preemptions, swaps = run(traffic, enable_prefix_caching=prefix_caching, swap_space=0.01)
     assert preemptions == swaps > 0
     assert tokens == expected
 
 
 def test_recompute_leaves_the_host_alone(traffic: Traffic, expected: list[list[int]]) -> None:
-    tokens, preemptions, swaps = run(
-        traffic, num_gpu_blocks_override=11, swap_space=0.01, preemption_mode="recompute"
-    )
+    tokens, preemptions, swaps = run(traffic, swap_space=0.01, preemption_mode="recompute")
     assert preemptions > 0 == swaps
     assert tokens == expected
 

@@ -15,8 +15,7 @@ SUITES = sorted((Path(__file__).parent / "eight_devices").glob("*.py"))
 
 @pytest.mark.parametrize("suite", SUITES, ids=lambda path: path.stem)
 def test_on_eight_devices(suite: Path) -> None:
-    # Steps run once or twice here: optimising their code takes longer than running it.
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(suite)]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

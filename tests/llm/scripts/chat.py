@@ -4,7 +4,7 @@ from jaxllm import LLM, SamplingParams
 
 
 def main():
-    llm = LLM(model="demo", max_model_len=256, max_num_seqs=8)
+    llm = LLM(model="demo", max_model_len=256, max_num_seqs=8, max_num_batched_tokens=64)
     sampling_params = SamplingParams(temperature=0.0, max_tokens=32)
 
     conversation = [

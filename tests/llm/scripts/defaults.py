@@ -4,7 +4,7 @@ from jaxllm import LLM, SamplingParams
 
 
 def main():
-    llm = LLM(model="demo", max_model_len=256, max_num_seqs=8)
+    llm = LLM(model="demo", max_model_len=256, max_num_seqs=8, max_num_batched_tokens=64)
     params = llm.get_default_sampling_params()
     print("defaults:", params.temperature, params.top_p)
     params.max_tokens = 5

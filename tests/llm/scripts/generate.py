@@ -11,7 +11,7 @@ sampling_params = SamplingParams(temperature=0.8, top_p=0.95, max_tokens=24, see
 
 
 def main():
-    llm = LLM(model="demo", max_model_len=256, max_num_seqs=8)
+    llm = LLM(model="demo", max_model_len=256, max_num_seqs=8, max_num_batched_tokens=64)
     outputs = llm.generate(prompts, sampling_params)
     for output in outputs:
         prompt = output.prompt

@@ -4,7 +4,7 @@ from jaxllm import LLM, SamplingParams
 
 
 def main():
-    llm = LLM(model="demo", max_model_len=256, max_num_seqs=8)
+    llm = LLM(model="demo", max_model_len=256, max_num_seqs=8, max_num_batched_tokens=64)
     sampling_params = SamplingParams(n=4, temperature=1.0, top_p=0.95, seed=1234, max_tokens=16)
     first = llm.generate("Once upon a time", sampling_params)[0]
     for completion in first.outputs:

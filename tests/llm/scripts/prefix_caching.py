@@ -16,13 +16,21 @@ sampling_params = SamplingParams(temperature=0.0, max_tokens=12)
 
 
 def main():
-    regular_llm = LLM(model="demo", max_model_len=256, max_num_seqs=8, enable_prefix_caching=False)
+    regular_llm = LLM(
+        model="demo",
+        max_model_len=256,
+        max_num_seqs=8,
+        max_num_batched_tokens=64,
+        enable_prefix_caching=False,
+    )
     outputs = regular_llm.generate(generating_prompts, sampling_params)
     regular_texts = [output.outputs[0].text for output in outputs]
     print("cached without:", [output.num_cached_tokens for output in outputs])
     del regular_llm
 
-    prefix_cached_llm = LLM(model="demo", max_model_len=256, max_num_seqs=8, enable_prefix_caching=True)
+    prefix_cached_llm = LLM(
+        model="demo", max_model_len=256, max_num_seqs=8, max_num_batched_tokens=64, enable_prefix_caching=True
+    )
     # The first request fills the cache.
     prefix_cached_llm.generate(generating_prompts[0], sampling_params)
     outputs = prefix_cached_llm.generate(generating_prompts, sampling_params)

@@ -4,7 +4,7 @@ from jaxllm import LLM, SamplingParams, TokensPrompt
 
 
 def main():
-    llm = LLM(model="demo", max_model_len=256, max_num_seqs=8)
+    llm = LLM(model="demo", max_model_len=256, max_num_seqs=8, max_num_batched_tokens=64)
     tokenizer = llm.get_tokenizer()
     text = "Q: What is the capital of France?\nA:"
     token_ids = tokenizer.encode(text)
