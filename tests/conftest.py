@@ -33,6 +33,29 @@ settings.load_profile("ci" if os.environ.get("CI") else "local")
 # A background job of a shell starts with SIGINT ignored, and so would every process that a test starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Files that take long. They begin first, so that no core idles at the end while another is at one of them.
+LONGEST = (
+    "tests/parallel/test_eight_devices.py",
+    "tests/test_readme.py",
+    "tests/test_benchmarks.py",
+    "tests/parity/test_live.py",
+    "tests/parity/test_goldens.py",
+    "tests/kernels/test_gpu.py",
+    "tests/kernels/test_tpu.py",
+    "tests/kernels/test_ragged_paged_attention.py",
+    "tests/llm/test_batched_equals_alone.py",
+    "tests/llm/test_structured_outputs.py",
+    "tests/serve/test_demo_server.py",
+)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    missing = [name for name in LONGEST if not (config.rootpath / name).exists()]
+    if missing:
+        raise pytest.UsageError(f"tests/conftest.py: LONGEST names files that are not there: {missing}")
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.location[0], len(place)))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _largest_shapes() -> Iterator[None]:

@@ -180,8 +180,9 @@ def test_the_check_catches_pages_in_the_wrong_order(lengths: list[tuple[int, int
         Cut,
         warpgroups=st.sampled_from([1, 2]),
         keys=st.sampled_from([64, 128]),
-        splits=st.integers(0, 9),
-        pieces=st.integers(1, 9),
+        # These make shapes, too.
+        splits=st.sampled_from([0, 1, 7]),
+        pieces=st.sampled_from([1, 3, 9]),
     ),
 )
 def test_every_row_meets_each_of_its_keys_once(
