@@ -32,6 +32,8 @@ class SchedulerConfig:
         long_prefill_token_threshold: a prompt computes at most this many tokens a step; 0 is no limit.
         reschedule_in_flight: whether a request may be scheduled again while its newest token is
             still on the device (overlapped execution); with pipeline parallelism it may not.
+        data_parallel_size: replicas, each with its own requests, pages and limits: all that stands above
+            is of one of them.
     """
 
     max_num_seqs: int
@@ -45,6 +47,7 @@ class SchedulerConfig:
     long_prefill_token_threshold: int = 0
     policy: str = "fcfs"
     reschedule_in_flight: bool = True
+    data_parallel_size: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +72,11 @@ class EngineConfig:
             copies where there is swap_space.
         max_logprobs: most logprobs a request may ask for; -1 admits the whole vocabulary.
         async_scheduling: overlap the host's work with the device's.
+        tensor_parallel_size: devices that share every layer.
+        data_parallel_size: replicas of attention and KV cache in one engine, each on so many devices. Limits
+            (max_num_seqs, max_num_batched_tokens) and sizes of the cache are of each; swap_space they share.
+        enable_expert_parallel: the devices of all replicas have whole experts, rather than those of each
+            replica a part of every expert.
         record_schedule: file that every plan is written to, for `python -m jaxllm.replay`; compressed if
             its name ends in .gz.
         record_trace: file that every request is written to as it ends, for `python -m jaxllm.simulate

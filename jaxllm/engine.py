@@ -27,12 +27,12 @@ from jaxllm.outputs import RequestOutput
 from jaxllm.pooling_processor import PoolingProcessor
 from jaxllm.request import NO_TERMS, Request, RequestStatus, SchedulingTerms
 from jaxllm.sampling_params import SamplingParams
-from jaxllm.scheduling import Scheduler, SchedulingPolicy, load_policy
+from jaxllm.scheduling import ReplicatedScheduler, Scheduler, SchedulingPolicy, load_policy, make_scheduler
 from jaxllm.scheduling.plan import Plan, RequestUpdate
 from jaxllm.scheduling.recording.lines import check_writable
 from jaxllm.scheduling.recording.recorder import Recorder, TraceRecorder
 from jaxllm.scheduling.recording.schedule_recorder import ScheduleRecorder
-from jaxllm.stats import EngineStats, record_end, record_step
+from jaxllm.stats import EngineStats, ReplicaStats, record_end, record_step
 from jaxllm.text.tokenizer import get_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class Engine:
         config: EngineConfig,
         model_config: ModelConfig,
         runner: Runner,
-        scheduler: Scheduler,
+        scheduler: Scheduler | ReplicatedScheduler,
         input_processor: InputProcessor,
         tokenizer: Any,
     ) -> None:
@@ -86,6 +86,7 @@ class Engine:
                 "max_in_flight": self._max_in_flight,
                 "shapes": [(s.num_tokens, s.num_seqs, s.decode_only) for s in self.runner.compiler.shapes],
             }
+            assert isinstance(self.scheduler, Scheduler)  # Of several replicas `resolve` refuses it.
             recorders.append(ScheduleRecorder(config.record_schedule, self.scheduler, about, start))
         if config.record_trace is not None:
             recorders.append(TraceRecorder(config.record_trace, config.block_size, start))
@@ -136,7 +137,7 @@ class Engine:
         )
         if hosts is not None:
             execute_on_hosts(runner, hosts, config)
-        scheduler = Scheduler(
+        scheduler = make_scheduler(
             SchedulerConfig(
                 max_num_seqs=config.max_num_seqs or 1,
                 max_num_batched_tokens=config.max_num_batched_tokens or 1,
@@ -149,6 +150,7 @@ class Engine:
                 long_prefill_token_threshold=config.long_prefill_token_threshold,
                 policy=config.scheduling_policy,
                 reschedule_in_flight=config.async_scheduling,
+                data_parallel_size=config.data_parallel_size,
             ),
             policy,
         )
@@ -276,6 +278,18 @@ class Engine:
         stats.prefix_cache_queries = scheduler.prefix_cache_queries
         stats.prefix_cache_hits = scheduler.prefix_cache_hits
         stats.num_preemptions = scheduler.num_preemptions
+        if isinstance(scheduler, ReplicatedScheduler):
+            stats.replicas = [
+                ReplicaStats(
+                    replica.num_running,
+                    replica.num_waiting,
+                    replica.kv_cache_usage,
+                    replica.prefix_cache_queries,
+                    replica.prefix_cache_hits,
+                    replica.num_preemptions,
+                )
+                for replica in scheduler.replicas
+            ]
         return stats
 
     def reset_prefix_cache(self) -> bool:

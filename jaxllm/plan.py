@@ -44,7 +44,7 @@ def plan(options: argparse.Namespace) -> Layout:
     """The layout that the command line asks for.
 
     Raises:
-        ConfigError: the mesh cannot split the model, or there are more stages than layers.
+        ConfigError: the mesh cannot split the model, there are more stages than layers, or no experts.
         JaxLLMError: the model cannot be read, or is of a family that is not served.
     """
     model = read_model(options.model, options.revision, options.hf_overrides)
@@ -54,6 +54,11 @@ def plan(options: argparse.Namespace) -> Layout:
             "layers of the model; give at most so many stages.",
             param="pipeline_parallel_size",
         )
+    if options.enable_expert_parallel and model.moe is None:
+        raise ConfigError(
+            f"enable_expert_parallel, and {model.architecture} has no experts; leave it out.",
+            param="enable_expert_parallel",
+        )
     dtype = model.dtype if options.dtype == "auto" else options.dtype
     config = EngineConfig(
         dtype=dtype,
@@ -62,6 +67,8 @@ def plan(options: argparse.Namespace) -> Layout:
         max_num_batched_tokens=options.max_num_batched_tokens,
         block_size=options.block_size,
         gpu_memory_utilization=options.gpu_memory_utilization,
+        data_parallel_size=options.data_parallel_size,
+        enable_expert_parallel=options.enable_expert_parallel,
     )
     return lay_out(
         config,
@@ -80,7 +87,7 @@ def as_dict(layout: Layout) -> dict[str, Any]:
     ]
     return {
         "architecture": layout.model.architecture,
-        "mesh": {"pipe": layout.pipe, "tensor": layout.tensor},
+        "mesh": {"data": layout.data, "pipe": layout.pipe, "tensor": layout.tensor},
         "stages": [[layout.layers_of(s).start, layout.layers_of(s).stop] for s in range(layout.pipe)],
         "kv_heads": layout.model.num_kv_heads,
         "kv_heads_with_copies": layout.fitted.num_kv_heads,
@@ -123,12 +130,15 @@ def print_layout(layout: Layout, title: str) -> None:
     table.add_section()
     model, shard = layout.fitted, layout.fitted.num_kv_heads // layout.tensor
     pages = max(layout.num_pages, 0) + 1
+    axes = {"pages by data": layout.data, "layers by pipe": layout.pipe, "kv_heads by tensor": layout.tensor}
     table.add_row(
         "KV cache",
-        _shape((model.num_layers, pages, layout.page_size, 2 * model.num_kv_heads, model.head_dim)),
-        "layers by pipe, kv_heads by tensor" if layout.pipe > 1 else "kv_heads by tensor",
+        _shape(
+            (model.num_layers, pages * layout.data, layout.page_size, 2 * model.num_kv_heads, model.head_dim)
+        ),
+        ", ".join(name for name, size in axes.items() if size > 1) or "-",
         _shape((len(layout.layers_of(0)), pages, layout.page_size, 2 * shard, model.head_dim)),
-        _size(pages * layout.page_bytes * layout.tensor * layout.pipe),
+        _size(pages * layout.page_bytes * layout.data * layout.tensor * layout.pipe),
         _size(pages * layout.page_bytes),
     )
     console = Console()
@@ -136,8 +146,10 @@ def print_layout(layout: Layout, title: str) -> None:
     print(f"weights      {_size(layout.device_bytes)} a device, {_size(layout.num_bytes)} in all")
     print(f"a step       {_size(layout.step_bytes)} a device at most (estimate)")
     print(f"KV cache     {_size(max(layout.cache_bytes, 0))} of {_size(layout.memory)} usable a device")
-    print(f"tokens       {layout.num_tokens:,} in {max(layout.num_pages, 0):,} pages of {layout.page_size}")
-    print(f"concurrency  {layout.concurrency:.2f} requests of {layout.max_model_len:,} tokens")
+    each = f", in each of {layout.data} replicas" if layout.data > 1 else ""
+    pages_held = f"{max(layout.num_pages, 0):,} pages of {layout.page_size}"
+    print(f"tokens       {layout.num_tokens:,} in {pages_held}{each}")
+    print(f"concurrency  {layout.concurrency:.2f} requests of {layout.max_model_len:,} tokens{each}")
     if layout.fitted.num_kv_heads > layout.model.num_kv_heads:
         copies = layout.fitted.num_kv_heads // layout.model.num_kv_heads
         print(f"note         each of {layout.model.num_kv_heads} KV heads is kept {copies} times")
@@ -249,6 +261,12 @@ def make_parser(program: str) -> argparse.ArgumentParser:
     add("model", metavar="MODEL", help="config.json, a directory, or a hub name; no weights are read")
     add("--tensor-parallel-size", "-tp", type=_positive, default=1, metavar="N", help="devices to a layer")
     add("--pipeline-parallel-size", "-pp", type=_positive, default=1, metavar="N", help="stages")
+    add("--data-parallel-size", "-dp", type=_positive, default=1, metavar="N", help="replicas")
+    add(
+        "--enable-expert-parallel",
+        action="store_true",
+        help="whole experts, over the devices of all replicas",
+    )
     add("--device", choices=list(DEVICES), default="h200")
     add("--dtype", choices=["auto", *DTYPES], default="auto", help="of weights and cache")
     add("--revision", metavar="NAME", help="of a model on the hub")
@@ -283,10 +301,11 @@ def main(argv: Sequence[str] | None = None, program: str = "python -m jaxllm.pla
     options = parser.parse_args(argv)
     if not isinstance(options.hf_overrides, dict):
         parser.error("argument --hf-overrides: it must be a JSON object")
-    title = (
-        f"{options.model}: {options.pipeline_parallel_size} x {options.tensor_parallel_size} "
-        f"{options.device} (pipe x tensor)"
-    )
+    sizes = [options.data_parallel_size, options.pipeline_parallel_size, options.tensor_parallel_size]
+    axes = ["data", "pipe", "tensor"]
+    if sizes[0] == 1:
+        del sizes[0], axes[0]
+    title = f"{options.model}: {' x '.join(map(str, sizes))} {options.device} ({' x '.join(axes)})"
     try:
         layout = plan(options)
         print_layout(layout, title)

@@ -137,11 +137,24 @@ class FinishedRequestStats:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class ReplicaStats:
+    """What a replica of several says of itself; names are those of `EngineStats`."""
+
+    num_requests_running: int
+    num_requests_waiting: int
+    kv_cache_usage: float
+    prefix_cache_queries: int
+    prefix_cache_hits: int
+    num_preemptions: int
+
+
 @dataclass(slots=True)
 class EngineStats:
     """Everything an engine counts, since it started.
 
     Attributes:
+        replicas: what each says of itself, where there are several; the same is here of all together.
         num_requests_running: sequences in the running batch (gauge).
         num_requests_waiting: sequences that wait to be scheduled (gauge).
         kv_cache_usage: share of the KV pages that hold a running request's tokens, 0 to 1 (gauge).
@@ -157,6 +170,7 @@ class EngineStats:
         inter_token_latency: between two tokens of a sequence, seconds.
     """
 
+    replicas: list[ReplicaStats] = field(default_factory=list)
     num_requests_running: int = 0
     num_requests_waiting: int = 0
     kv_cache_usage: float = 0.0
@@ -287,6 +301,9 @@ DESCRIPTIONS: dict[str, str] = {
 def snapshot_metrics(stats: EngineStats, labels: dict[str, str] | None = None) -> list[Metric]:
     """The figures of now, in vLLM's names and shape (prefix `jaxllm:`).
 
+    Of several replicas what they count themselves is there for each, with its number as the label "engine".
+    The rest is of all of them.
+
     Args:
         labels: put on every metric, for example `{"model_name": ..., "engine": "0"}`.
     """
@@ -304,14 +321,16 @@ def _snapshot(stats: EngineStats, labels: dict[str, str]) -> Iterator[Metric]:
         buckets = distribution.buckets()
         return Histogram(PREFIX + name, dict(labels), buckets["+Inf"], distribution.sum, buckets)
 
-    yield gauge("num_requests_running", stats.num_requests_running)
-    yield gauge("num_requests_waiting", stats.num_requests_waiting)
-    yield gauge("kv_cache_usage_perc", stats.kv_cache_usage)
     if stats.cache_config:
         yield gauge("cache_config_info", 1, **stats.cache_config)
-    yield counter("prefix_cache_queries", stats.prefix_cache_queries)
-    yield counter("prefix_cache_hits", stats.prefix_cache_hits)
-    yield counter("num_preemptions", stats.num_preemptions)
+    for index, of_one in enumerate(stats.replicas or [stats]):
+        engine = {"engine": str(index)} if stats.replicas else {}
+        yield gauge("num_requests_running", of_one.num_requests_running, **engine)
+        yield gauge("num_requests_waiting", of_one.num_requests_waiting, **engine)
+        yield gauge("kv_cache_usage_perc", of_one.kv_cache_usage, **engine)
+        yield counter("prefix_cache_queries", of_one.prefix_cache_queries, **engine)
+        yield counter("prefix_cache_hits", of_one.prefix_cache_hits, **engine)
+        yield counter("num_preemptions", of_one.num_preemptions, **engine)
     yield counter("prompt_tokens", stats.prompt_tokens)
     yield counter("generation_tokens", stats.generation_tokens)
     for reason, count in list(stats.request_success.items()):

@@ -14,14 +14,18 @@ Rules = Mapping[str, MeshAxes]
 # Logical axis -> mesh axis (or axes, the outermost first) that splits it; None is held whole by every
 # device. Megatron's split (Shoeybi et al. 2019, section 3): attention by heads, the MLP by its inner
 # width, the vocabulary by rows; the residual stream ("embed") is whole everywhere. Experts are split by
-# their inner width, too, or with expert parallelism by their number. Pipeline stages share the
-# vocabulary, so that none holds more than the others.
+# their inner width, too, or with expert parallelism by their number, which replicas share as well.
+# Pipeline stages share the vocabulary, so that none holds more than the others. Replicas have the rest of
+# the weights each, and pages, slots and a part of every batch ("batch") of their own.
 DEFAULT_RULES: Rules = {
+    "batch": "data",
     "embed": None,
-    "experts": "tensor",
+    "experts": ("data", "tensor"),
     "kv_heads": "tensor",
     "layers": "pipe",
     "mlp": "tensor",
+    "pages": "data",
+    "slots": "data",
     "vocab": ("pipe", "tensor"),
 }
 

@@ -8,6 +8,7 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from sharding.rules import MeshAxes
+from sharding.shards import on_shards
 
 
 def sharded_top_k(
@@ -23,11 +24,11 @@ def sharded_top_k(
         return values, indices + lax.axis_index(mesh_axes) * part.shape[1]
 
     split, whole = PartitionSpec(None, mesh_axes), PartitionSpec()
-    candidates = jax.shard_map(of_shard, mesh=mesh, in_specs=split, out_specs=split, check_vma=False)
+    candidates = on_shards(of_shard, mesh, split, split)
 
     def of_all(values: jax.Array, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
         top, at = lax.top_k(values, k)
         return top, jnp.take_along_axis(indices, at, axis=1)
 
-    merge = jax.shard_map(of_all, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False)
+    merge = on_shards(of_all, mesh, whole, whole)
     return merge(*candidates(x))

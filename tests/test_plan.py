@@ -74,6 +74,24 @@ def test_shapes_are_those_that_an_engine_compiles_for(name: str, tensor: int, pi
     assert layout.page_bytes == per_device.size * 2 // 10
 
 
+@pytest.mark.parametrize("expert_parallel", [False, True])
+def test_replicas_have_all_but_the_experts_each(expert_parallel: bool) -> None:
+    model = translate_config(SHAPES["qwen3-30b-a3b"])
+    mesh = AbstractMesh((4, 1, 2), MESH_AXES)
+    form = DecoderForm(jnp.dtype("bfloat16"), False, True, "xla", mesh, expert_parallel)
+    arrays = abstract_parameters(Decoder(model, form))
+    settings = {"data_parallel_size": 4, "enable_expert_parallel": expert_parallel}
+    layout = layout_of("qwen3-30b-a3b", 2, **settings)
+    for array in layout.arrays:
+        assert array.device_shape == arrays[array.name].sharding.shard_shape(array.shape), array.name
+    one = layout_of("qwen3-30b-a3b", 2)
+    experts = sum(array.num_bytes for array in one.arrays if ".experts." in array.name)
+    assert experts == 48 * 128 * 3 * 2048 * 768 * 2
+    assert layout.device_bytes == one.device_bytes - (experts // 2 - experts // 8) * expert_parallel
+    assert layout.page_bytes == one.page_bytes
+    assert (layout.num_tokens > one.num_tokens) == expert_parallel
+
+
 def test_stages_share_the_layers_as_evenly_as_they_can() -> None:
     layout = layout_of("llama-3.2-1b", pipe=3)
     assert [list(layout.layers_of(stage)) for stage in range(3)] == [
@@ -131,6 +149,7 @@ def test_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [
         ({}, ["-tp", "3"], "'kv_heads' of size 8 does not divide by the 3 shards"),
         ({}, ["-pp", "33"], "pipeline_parallel_size=33 is more than the 32 layers"),
+        ({}, ["--enable-expert-parallel"], "LlamaForCausalLM has no experts"),
         ({}, ["--device", "v5e"], "Raise --tensor-parallel-size, or lower --max-model-len"),
         ({"architectures": ["DeepseekV3ForCausalLM"]}, [], "architectures=['DeepseekV3ForCausalLM']"),
     ],
@@ -152,3 +171,15 @@ def test_every_family_has_a_plan(name: str, tmp_path: Path, capsys: pytest.Captu
     (tmp_path / "config.json").write_text(json.dumps(dict(CASES[name].config)))
     assert main([str(tmp_path), "--max-num-seqs", "8"]) == 0
     assert "concurrency" in capsys.readouterr().out
+
+
+def test_replicas_are_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(dict(CASES["mixtral"].config)))
+    arguments = ["-dp", "2", "--enable-expert-parallel", "--max-num-seqs", "8"]
+    arguments += ["--hf-overrides", '{"num_local_experts": 6}']
+    assert main([str(tmp_path), *arguments, "--json", str(tmp_path / "out.json")]) == 0
+    printed = capsys.readouterr().out
+    assert "2 x 1 x 1 h200 (data x pipe x tensor)" in printed
+    assert "experts by data" in printed and "pages by data" in printed
+    assert printed.count("in each of 2 replicas") == 2
+    assert json.loads((tmp_path / "out.json").read_text())["mesh"] == {"data": 2, "pipe": 1, "tensor": 1}

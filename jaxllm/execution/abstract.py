@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Singl
 from jaxllm.execution.batch import StepShape
 from jaxllm.models.decoder import Decoder
 from jaxllm.models.fitting import parameter_shardings
-from sharding import named_sharding
+from sharding import named_sharding, on_shards, partition_spec
 
 
 def abstract_parameters(decoder: Decoder) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def abstract_parameters(decoder: Decoder) -> dict[str, Any]:
 
 
 def abstract_cache(decoder: Decoder, num_pages: int, page_size: int) -> jax.ShapeDtypeStruct:
-    """The KV cache."""
+    """The KV cache, with so many pages for each replica."""
     spec, mesh = decoder.cache_spec(num_pages, page_size), decoder.form.mesh
     sharding: Any = None if mesh is None else named_sharding(mesh, spec.axes, spec.shape, "the KV cache")
     if decoder.form.attention_backend == "tpu":
@@ -71,6 +71,17 @@ def everywhere(decoder: Decoder) -> NamedSharding | None:
     return None if mesh is None else NamedSharding(mesh, PartitionSpec())
 
 
+def by_replica(decoder: Decoder) -> NamedSharding | None:
+    """Where what replicas have one after the other, and the host gives or takes, lies; None on one device.
+
+    On every device what is of its replica. A host of several has to know all of it, and so has each device.
+    """
+    mesh = decoder.form.mesh
+    if mesh is None or mesh.shape["data"] == 1 or (isinstance(mesh, Mesh) and mesh.is_multi_process):
+        return everywhere(decoder)
+    return NamedSharding(mesh, partition_spec(("batch",)))
+
+
 def shardings_of(arrays: Any) -> Any:
     """The sharding of each array of a tree, abstract or not."""
     return jax.tree.map(lambda array: array.sharding, arrays)
@@ -87,18 +98,26 @@ def lower_step(
 ) -> jax.stages.Lowered:
     """The step `run` of a shape, lowered for the devices that the abstract arrays lie on.
 
-    Cache and state are donated and stay as they lie; what goes to the host is whole on every device.
+    Cache and state are donated and stay as they lie; what goes to the host is whole on every device of a
+    replica. Each replica runs `run` on its own part of everything, one after the other in the arrays' first
+    dimension (the cache's second), and hears of the others only where they share experts.
     """
-    whole = everywhere(decoder)
+    batch, replicas = by_replica(decoder), decoder.form.axis_size("data")
+    if batch is not None and replicas > 1:
+        arrays = jax.tree.map(lambda array: array.sharding.spec, (params, kv_pages, state))
+        _, cache, of_state = arrays
+        part = partition_spec(("batch",))
+        inputs = (*arrays, part, part, part)
+        run = on_shards(run, batch.mesh, inputs, (cache, of_state, part), axes=("data",))
     # A float32 model is computed in float32: by default a GPU would take TF32, and a TPU bfloat16.
     precision = "highest" if decoder.form.dtype == jnp.float32 else "default"
     with jax.default_matmul_precision(precision):
         stays = (kv_pages.format, shardings_of(state))
-        return jax.jit(run, donate_argnums=(1, 2), out_shardings=(*stays, whole)).lower(
+        return jax.jit(run, donate_argnums=(1, 2), out_shardings=(*stays, batch)).lower(
             params,
             kv_pages,
             state,
-            jax.ShapeDtypeStruct((shape.num_integers,), jnp.int32, sharding=whole),
-            jax.ShapeDtypeStruct((shape.num_floats,), jnp.float32, sharding=whole),
+            jax.ShapeDtypeStruct((replicas * shape.num_integers,), jnp.int32, sharding=batch),
+            jax.ShapeDtypeStruct((replicas * shape.num_floats,), jnp.float32, sharding=batch),
             token_masks,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+from operator import itemgetter
 from pathlib import Path
 
 import jax
@@ -50,7 +51,7 @@ def build_runner(
     progress: bool,
     hosts: Hosts | None = None,
 ) -> tuple[Runner, int]:
-    """A runner ready for its first plan, and the number of KV pages it has.
+    """A runner ready for its first plan, and the number of KV pages that each replica has.
 
     Args:
         config: resolved.
@@ -119,13 +120,18 @@ def _mesh(config: EngineConfig) -> Mesh:
     Raises:
         ConfigError: there are not so many.
     """
-    tensor = config.tensor_parallel_size
+    data, tensor = config.data_parallel_size, config.tensor_parallel_size
     try:
-        mesh = make_mesh(devices=jax.devices()[:1]) if tensor == 1 else make_mesh(tensor=tensor)
+        mesh = (
+            make_mesh(devices=jax.devices()[:1])
+            if data * tensor == 1
+            else make_mesh(data=data, tensor=tensor)
+        )
         check_every_host_takes_part(mesh)
         return mesh
     except ShardingError as error:
-        raise ConfigError(f"tensor_parallel_size={tensor}: {error}.", param="tensor_parallel_size") from error
+        param, size = max(("data_parallel_size", data), ("tensor_parallel_size", tensor), key=itemgetter(1))
+        raise ConfigError(f"{param}={size}: {error}.", param=param) from error
 
 
 def use_compilation_cache(directory: str | None) -> None:

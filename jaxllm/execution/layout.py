@@ -48,7 +48,7 @@ class Layout:
 
     Attributes:
         model: as it is; fitted: with the KV heads and vocabulary that the mesh splits.
-        tensor, pipe: sizes of the mesh axes.
+        data, tensor, pipe: sizes of the mesh axes.
         arrays: every parameter.
         step_bytes: what the largest step takes of a device besides weights and cache, from above.
         page_bytes: of one page, on one device.
@@ -59,6 +59,7 @@ class Layout:
 
     model: ModelConfig
     fitted: ModelConfig
+    data: int
     tensor: int
     pipe: int
     arrays: tuple[ArrayLayout, ...]
@@ -86,12 +87,12 @@ class Layout:
 
     @property
     def num_tokens(self) -> int:
-        """That the KV cache holds."""
+        """That the KV cache of a replica holds."""
         return max(self.num_pages, 0) * self.page_size
 
     @property
     def concurrency(self) -> float:
-        """Requests of max_model_len tokens that the cache holds at once."""
+        """Requests of max_model_len tokens that the cache of a replica holds at once."""
         return self.num_tokens / self.max_model_len
 
     def layers_of(self, stage: int) -> range:
@@ -104,18 +105,19 @@ class Layout:
 def lay_out(
     config: EngineConfig, model: ModelConfig, *, tensor: int, pipe: int, device_memory: float
 ) -> Layout:
-    """The layout of a model on `pipe x tensor` devices.
+    """The layout of a model on `pipe x tensor` devices, or as many for each of several replicas.
 
     Args:
-        config: its dtype and limits must be set.
+        config: its dtype and limits must be set; those of data and expert parallelism count.
         device_memory: bytes of one device, of which gpu_memory_utilization may be used.
 
     Raises:
         ConfigError: a size does not divide by the shards it is split into; with both and the array's name.
     """
     dtype = jnp.dtype(config.dtype)
-    mesh = AbstractMesh((1, pipe, tensor), MESH_AXES)
-    decoder = Decoder(model, DecoderForm(dtype, False, True, "xla", mesh))
+    data, expert_parallel = config.data_parallel_size, config.enable_expert_parallel
+    mesh = AbstractMesh((data, pipe, tensor), MESH_AXES)
+    decoder = Decoder(model, DecoderForm(dtype, False, True, "xla", mesh, expert_parallel))
     specs = decoder.parameter_specs()
     shards = shard_specs(specs, mesh)
     arrays = []
@@ -127,13 +129,14 @@ def lay_out(
         split = tuple(names_of(None if axis is None else DEFAULT_RULES[axis]) for axis in axes)
         split = tuple(tuple(a for a in names if mesh.shape[a] > 1) for names in split)
         arrays.append(ArrayLayout(name, axes, split, shape, part, dtype.itemsize))
-    shard = shard_of(decoder.fitted, tensor, pipe)
+    shard = shard_of(decoder.fitted, tensor, pipe, expert_parallel=expert_parallel)
     page, step = page_bytes(shard, config.block_size, dtype), step_bytes(config, shard, dtype)
     memory = int(device_memory * config.gpu_memory_utilization)
     left = memory - step - sum(array.device_bytes for array in arrays)
     return Layout(
         model=model,
         fitted=decoder.fitted,
+        data=data,
         tensor=tensor,
         pipe=pipe,
         arrays=tuple(arrays),

@@ -42,7 +42,11 @@ def step_bytes(config: EngineConfig, model: ModelConfig, dtype: jnp.dtype) -> in
     width += 4 * (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     if model.moe is not None:  # a row for each expert that a token takes: sorted, inner, and summed
         rows = 4 * model.hidden_size + 3 * model.moe.intermediate_size
-        width += model.moe.experts_per_token * rows + 4 * model.moe.shared_intermediate_size
+        taken: float = model.moe.experts_per_token
+        if config.enable_expert_parallel and config.data_parallel_size > 1:
+            # What a round of the exchange brings besides: blocks twice the mean (`expert_exchange`).
+            taken += 2 * taken / config.tensor_parallel_size
+        width += int(taken * rows) + 4 * model.moe.shared_intermediate_size
     sampler_state = (seqs + 1) * model.vocab_size * (4 + 4 + 1)
     logits = 6 * max(seqs, 64) * model.vocab_size * 4
     return tokens * width * max(dtype.itemsize, 4) + logits + sampler_state
@@ -115,10 +119,11 @@ def num_kv_pages(
 
 
 def num_host_pages(config: EngineConfig, model: ModelConfig, dtype: jnp.dtype) -> int:
-    """Pages that `swap_space` holds; none where preempted requests are to be computed again."""
+    """Pages that each replica's part of `swap_space` holds; none where who is preempted computes again."""
     if config.preemption_mode == "recompute":
         return 0
-    return int(config.swap_space * 2**30) // page_bytes(model, config.block_size, dtype)
+    size = int(config.swap_space * 2**30) // config.data_parallel_size
+    return size // page_bytes(model, config.block_size, dtype)
 
 
 def _steady(total: int, free: int) -> int:

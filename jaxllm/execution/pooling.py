@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.execution.batch import StepShape, unpack
-from jaxllm.execution.runner import Runner
+from jaxllm.execution.runner import Packed, Runner
 from jaxllm.models.decoder import Decoder
 from jaxllm.scheduling.plan import Plan, StepResult
 
@@ -23,13 +23,13 @@ class PoolingState:
     """What a prompt computed in chunks carries from one step to the next.
 
     Attributes:
-        carried: float32[slots + 1, D], the sum of its features so far, or those of its first token; no
-            columns where the last token is all that counts.
+        carried: float32[slots + 1, D] of each replica, the sum of its features so far, or those of its
+            first token; no columns where the last token is all that counts.
     """
 
     carried: jax.Array
 
-    LOGICAL_AXES: ClassVar[dict[str, tuple[str | None, ...]]] = {"carried": (None, None)}
+    LOGICAL_AXES: ClassVar[dict[str, tuple[str | None, ...]]] = {"carried": ("slots", None)}
 
 
 class PoolingStepOutput(NamedTuple):
@@ -95,26 +95,28 @@ def pooling_step(
 class PendingPooling:
     """A step that was launched; `result` waits for the device. Attributes are those of `PendingResult`."""
 
-    def __init__(self, plan: Plan, shape: StepShape, output: Callable[[], PoolingStepOutput]) -> None:
-        self.shape = shape
+    def __init__(
+        self, plan: Plan, shape: StepShape, output: Callable[[], PoolingStepOutput], packed: Packed
+    ) -> None:
+        self.shape = packed.shape_of_all(shape)
         self._plan = plan
         self._output = output
+        self._packed = packed
 
     def result(self) -> StepResult:
         """The vectors of prompts that are complete, and those of tokens that somebody asked for."""
         scheduled, output = self._plan.scheduled, self._output()
         result = StepResult([[] for _ in scheduled], [None] * len(scheduled))
         pooled = tokens = None
-        row = 0
-        for index, entry in enumerate(scheduled):
+        places = zip(self._packed.rows, self._packed.token_rows, strict=True)
+        for index, (entry, (row, first)) in enumerate(zip(scheduled, places, strict=True)):
             params = entry.request.pooling_params
             if params is not None and params.per_token:
                 tokens = np.asarray(output.tokens, np.float32) if tokens is None else tokens
-                result.pooled[index] = tokens[row : row + entry.num_tokens].copy()
+                result.pooled[index] = tokens[first : first + entry.num_tokens].copy()
             elif entry.samples:
                 pooled = np.asarray(output.pooled, np.float32) if pooled is None else pooled
-                result.pooled[index] = pooled[index].copy()
-            row += entry.num_tokens
+                result.pooled[index] = pooled[row].copy()
         return result
 
 
@@ -131,18 +133,12 @@ class PoolingRunner(Runner):
     def _state_factory(self, max_num_seqs: int) -> Callable[[], Any]:
         model = self._decoder.config
         carries = model.pooler is not None and model.pooler.pooling != "last"
-        shape = (max_num_seqs + 1, model.hidden_size if carries else 0)
+        rows = (max_num_seqs + 1) * self._decoder.form.axis_size("data")
+        shape = (rows, model.hidden_size if carries else 0)
         return lambda: PoolingState(jnp.zeros(shape, jnp.float32))
 
     def _warm_up(self) -> None:
         pass  # There are no sampling parameters to write.
 
-    def _pending(
-        self,
-        plan: Plan,
-        shape: StepShape,
-        output: Callable[[], Any],
-        wants_logprobs: bool,
-        prompt_rows: dict[int, int],
-    ) -> Any:
-        return PendingPooling(plan, shape, output)
+    def _pending(self, plan: Plan, shape: StepShape, output: Callable[[], Any], packed: Packed) -> Any:
+        return PendingPooling(plan, shape, output, packed)

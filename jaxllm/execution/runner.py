@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -13,8 +14,8 @@ from jaxllm.execution.abstract import (
     abstract_cache,
     abstract_parameters,
     abstract_state,
+    by_replica,
     empty_cache,
-    everywhere,
     lower_step,
     shardings_of,
 )
@@ -46,50 +47,80 @@ from jaxllm.scheduling.plan import Plan, RequestUpdate, ScheduledRequest, StepRe
 _COLUMN = {name: row for row, name in enumerate(INTEGERS)}
 
 
+@dataclass(slots=True)
+class Packed:
+    """Where the scheduled requests of a plan stand in its step, by their place in `plan.scheduled`.
+
+    Attributes:
+        replicas: how many there are.
+        rows: of each among the sequences of all replicas.
+        token_rows: the first row of each among the tokens of all replicas.
+        prompt_rows: the same, of those that report prompt logprobs.
+        reports_prompts, wants_logprobs: whether anybody wants these, or others.
+    """
+
+    replicas: int
+    reports_prompts: bool
+    rows: list[int] = field(default_factory=list)
+    token_rows: list[int] = field(default_factory=list)
+    prompt_rows: dict[int, int] = field(default_factory=dict)
+    wants_logprobs: bool = False
+
+    def shape_of_all(self, shape: StepShape) -> StepShape:
+        """A step's shape, of all replicas together."""
+        return shape._replace(
+            num_tokens=shape.num_tokens * self.replicas, num_seqs=shape.num_seqs * self.replicas
+        )
+
+
 class PendingResult:
     """A step that was launched; `result` waits for the device.
 
     Attributes:
-        shape: what it was compiled for.
+        shape: what it was compiled for, of all replicas together.
     """
 
     def __init__(
-        self,
-        plan: Plan,
-        shape: StepShape,
-        output: Callable[[], StepOutput],
-        wants_logprobs: bool,
-        prompt_rows: dict[int, int],
+        self, plan: Plan, shape: StepShape, output: Callable[[], StepOutput], packed: Packed
     ) -> None:
-        self.shape = shape
+        self.shape = packed.shape_of_all(shape)
         self._plan = plan
         self._output = output
-        self._wants_logprobs = wants_logprobs
-        self._prompt_rows = prompt_rows
+        self._packed = packed
 
     def result(self) -> StepResult:
         """The sampled tokens, and the log-probabilities that somebody asked for."""
-        scheduled, output = self._plan.scheduled, self._output()
+        scheduled, packed, output = self._plan.scheduled, self._packed, self._output()
         sampled = np.asarray(output.token_ids).tolist()
         token_ids = [
-            [token] if entry.samples else [] for entry, token in zip(scheduled, sampled, strict=False)
+            [sampled[row]] if entry.samples else [] for entry, row in zip(scheduled, packed.rows, strict=True)
         ]
         logprobs: list[list[TokenLogprobs] | None] = [None] * len(scheduled)
-        if self._wants_logprobs:
-            rows = _LogprobRows(output.logprobs)
-            for row, entry in enumerate(scheduled):
+        if packed.wants_logprobs:
+            of_sampled = _LogprobRows(output.logprobs)
+            for index, (entry, row) in enumerate(zip(scheduled, packed.rows, strict=True)):
                 wanted = entry.request.sampling_params.logprobs
                 if wanted is not None and entry.samples:
-                    logprobs[row] = [rows.at(row, wanted)]
+                    logprobs[index] = [of_sampled.at(row, wanted)]
         result = StepResult(token_ids, logprobs)
-        if self._prompt_rows and output.prompt_logprobs is not None:
-            rows = _LogprobRows(output.prompt_logprobs)
-            for row, first in self._prompt_rows.items():
-                entry = scheduled[row]
+        if packed.prompt_rows and output.prompt_logprobs is not None:
+            of_prompts = _LogprobRows(output.prompt_logprobs)
+            for index, first in packed.prompt_rows.items():
+                entry = scheduled[index]
                 count = min(entry.num_tokens, entry.request.num_prompt_tokens - 1 - entry.start)
                 wanted = entry.request.sampling_params.prompt_logprobs or 0
-                result.prompt_logprobs[row] = [rows.at(first + i, wanted) for i in range(count)]
+                result.prompt_logprobs[index] = [of_prompts.at(first + i, wanted) for i in range(count)]
         return result
+
+
+def _reports_prompt(entry: ScheduledRequest) -> bool:
+    """Whether a prompt's log-probabilities are wanted of what an entry computes."""
+    wanted = entry.request.sampling_params.prompt_logprobs
+    return wanted is not None and entry.start < entry.request.num_prompt_tokens - 1
+
+
+def _one_after_the_other(arrays: list[np.ndarray]) -> np.ndarray:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 class _LogprobRows:
@@ -114,8 +145,8 @@ class Runner:
     Args:
         decoder: the model's graph. Steps compile from the moment there is a runner, while the weights
             are still loading.
-        num_pages: of the KV cache, with the null page.
-        num_host_pages: kept in the host's memory for those who are preempted.
+        num_pages: of the KV cache of each replica, with the null page.
+        num_host_pages: kept in the host's memory for those who are preempted, for each replica.
         num_logprobs: most probable tokens reported per position; requests may ask for up to so many.
         compile_all: compile every shape before the first step, and none after.
 
@@ -152,11 +183,15 @@ class Runner:
         self._abstract_params = abstract_parameters(decoder)
         self._abstract_cache = abstract_cache(decoder, num_pages, page_size)
         self.num_host_pages = num_host_pages
-        self._host_pages = HostPages(self._abstract_cache, num_host_pages) if num_host_pages else None
+        self._replicas = decoder.form.axis_size("data")
+        self._host_pages = (
+            HostPages(self._abstract_cache, num_host_pages * self._replicas) if num_host_pages else None
+        )
         self._create_state = self._state_factory(max_num_seqs)
         self._abstract_state = abstract_state(self._create_state, decoder.form.mesh)
-        self._masks = TokenMasks(model.vocab_size, decoder.fitted.vocab_size, everywhere(decoder))
-        self._slots = SlotTable(max_num_seqs, pages_per_seq, decoder.fitted.vocab_size)
+        vocab_size = decoder.fitted.vocab_size
+        self._masks = TokenMasks(model.vocab_size, vocab_size, by_replica(decoder), self._replicas)
+        self._slots = SlotTable(max_num_seqs, pages_per_seq, vocab_size, self._replicas)
         shapes = self._shapes(step_shapes(max_num_seqs, max_num_batched_tokens, pages_per_seq))
         self.compiler = StepCompiler(self._compile, shapes, complete=compile_all)
 
@@ -178,22 +213,18 @@ class Runner:
 
     def _state_factory(self, max_num_seqs: int) -> Callable[[], Any]:
         """What makes the state that steps hand on to one another."""
-        return functools.partial(SamplerState.create, max_num_seqs, self._decoder.fitted.vocab_size)
+        vocab_size = self._decoder.fitted.vocab_size
+        return functools.partial(SamplerState.create, max_num_seqs, vocab_size, self._replicas)
 
     def _warm_up(self) -> None:
         """Compiles what runs beside the steps."""
         self._rows = StateRows(self._state, self._decoder.fitted.vocab_size)
 
     def _pending(
-        self,
-        plan: Plan,
-        shape: StepShape,
-        output: Callable[[], Any],
-        wants_logprobs: bool,
-        prompt_rows: dict[int, int],
+        self, plan: Plan, shape: StepShape, output: Callable[[], Any], packed: Packed
     ) -> PendingResult:
         """What waits for a step's output."""
-        return PendingResult(plan, shape, output, wants_logprobs, prompt_rows)
+        return PendingResult(plan, shape, output, packed)
 
     def _compile(self, shape: StepShape) -> Any:
         arrays = (self._abstract_params, self._abstract_cache, self._abstract_state)
@@ -222,20 +253,23 @@ class Runner:
             self._slots.release(request)
         if plan.copies_out or plan.copies_in:
             self.executor.launch(CopyPages(plan.copies_out, plan.copies_in))
-        for write in self._slots.admit(plan.scheduled):
-            self.executor.launch(write)
-        reports_prompt = [
-            entry.request.sampling_params.prompt_logprobs is not None
-            and entry.start < entry.request.num_prompt_tokens - 1
-            for entry in plan.scheduled
-        ]
-        decode_only = plan.num_tokens == len(plan.scheduled) and not any(reports_prompt)
-        shape = self.compiler.choose(plan.num_tokens, len(plan.scheduled), decode_only)
-        batch, wants_logprobs, prompt_rows = self._pack(plan.scheduled, shape, reports_prompt)
-        masks = self._masks.of(plan.scheduled, shape.num_seqs)
-        batch.flags[:] = wants_logprobs, bool(prompt_rows), masks is not None
-        output = self.executor.launch(RunStep(shape, batch.integers, batch.floats, masks))
-        return self._pending(plan, shape, output, wants_logprobs, prompt_rows)
+        parts = [() if part is None else part.scheduled for part in plan.of_replicas]
+        for replica, scheduled in enumerate(parts):
+            for write in self._slots.admit(scheduled, replica):
+                self.executor.launch(write)
+        # All replicas run in the shape that the fullest of them needs.
+        num_tokens = max(0 if part is None else part.num_tokens for part in plan.of_replicas)
+        packed = Packed(self._replicas, any(map(_reports_prompt, plan.scheduled)))
+        decode_only = plan.num_tokens == len(plan.scheduled) and not packed.reports_prompts
+        shape = self.compiler.choose(num_tokens, max(map(len, parts)), decode_only)
+        batches = [self._pack(scheduled, shape, packed, replica) for replica, scheduled in enumerate(parts)]
+        masks = self._masks.of(plan.scheduled, packed.rows, shape.num_seqs)
+        for batch in batches:
+            batch.flags[:] = packed.wants_logprobs, packed.reports_prompts, masks is not None
+        integers = _one_after_the_other([batch.integers for batch in batches])
+        floats = _one_after_the_other([batch.floats for batch in batches])
+        output = self.executor.launch(RunStep(shape, integers, floats, masks))
+        return self._pending(plan, shape, output, packed)
 
     def run(self, command: Command) -> Any:
         """Does a command on the devices of this process, without waiting for them.
@@ -267,35 +301,37 @@ class Runner:
         return None
 
     def _pack(
-        self, scheduled: Sequence[ScheduledRequest], shape: StepShape, reports_prompt: list[bool]
-    ) -> tuple[HostBatch, bool, dict[int, int]]:
-        """A plan as arrays, whether it wants logprobs, and the first row of those with prompt logprobs."""
+        self, scheduled: Sequence[ScheduledRequest], shape: StepShape, packed: Packed, replica: int
+    ) -> HostBatch:
+        """What a replica has to do as arrays; notes where everything stands."""
         batch = HostBatch(shape)
         count = len(scheduled)
-        slots = self._slots.of(scheduled)
-        starts, tokens, wants_logprobs = [0], [], False
-        prompt_rows: dict[int, int] = {}
+        rows, first_token = self._slots.of(scheduled), replica * shape.num_tokens
+        starts, tokens = [0], []
         lengths, rope_lengths, samples, drawn = [], [], [], []
-        for row, (request, start, num_tokens, is_sampled) in enumerate(scheduled):
+        for entry in scheduled:
+            request, start, num_tokens, is_sampled = entry
             end = start + num_tokens
             known = request.token_ids[start:end]
             tokens += known
             if len(known) < num_tokens:
                 tokens.append(-1)  # its newest token is still on the device
-            if reports_prompt[row]:
+            if packed.reports_prompts and _reports_prompt(entry):
                 first = starts[-1]
                 targets = request.prompt_token_ids[start + 1 : end + 1]
                 batch.targets[first : first + len(targets)] = targets
-                prompt_rows[row] = first
+                packed.prompt_rows[len(packed.token_rows)] = first_token + first
             if request.token_type_ids is not None:
                 types = request.token_type_ids[start:end]
                 batch.targets[starts[-1] : starts[-1] + num_tokens] = types
-            wants_logprobs |= request.sampling_params.logprobs is not None
+            packed.wants_logprobs |= request.sampling_params.logprobs is not None
+            packed.token_rows.append(first_token + starts[-1])
             starts.append(starts[-1] + num_tokens)
             lengths.append(end)
             rope_lengths.append(request.num_prompt_tokens)
             samples.append(is_sampled)
             drawn.append(end - request.num_prompt_tokens)
+        packed.rows += range(replica * shape.num_seqs, replica * shape.num_seqs + count)
         total = starts[-1]
         batch.token_ids[:total] = tokens
         batch.query_starts[: count + 1] = starts
@@ -305,19 +341,19 @@ class Runner:
         batch.positions[:total] = np.arange(total) + np.repeat(
             first_positions - batch.query_starts[:count], query_lens
         )
-        columns = batch.seq_integers
-        columns[_COLUMN["slots"], count:] = self._slots.padding_slot
+        columns, slots_per_replica = batch.seq_integers, self._slots.rows_per_replica
+        columns[_COLUMN["slots"], count:] = slots_per_replica - 1
         columns[_COLUMN["seq_lens"], :count] = lengths
         columns[_COLUMN["rope_lengths"], :count] = rope_lengths
-        columns[_COLUMN["slots"], :count] = slots
+        columns[_COLUMN["slots"], :count] = np.asarray(rows, np.int32) - replica * slots_per_replica
         columns[_COLUMN["samples"], :count] = samples
         columns[_COLUMN["positions"], :count] = drawn
         for name in ("seeds", "top_k", "penalties", "bias"):
-            columns[_COLUMN[name], :count] = self._slots.integers[name][slots]
+            columns[_COLUMN[name], :count] = self._slots.integers[name][rows]
         batch.seq_floats[:, count:] = np.ones((len(FLOATS), 1), np.float32)
-        batch.seq_floats[:, :count] = self._slots.floats[:, slots]
-        batch.page_table[:count] = self._slots.page_table[slots]
-        return batch, wants_logprobs, prompt_rows
+        batch.seq_floats[:, :count] = self._slots.floats[:, rows]
+        batch.page_table[:count] = self._slots.page_table[rows]
+        return batch
 
     def sleep(self, level: int) -> None:
         """Lets go of the cache and, to the host's memory (level 1) or for good (level 2), of the weights."""

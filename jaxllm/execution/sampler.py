@@ -34,6 +34,8 @@ NO_TOKEN = -1
 class SamplerState:
     """What the sampler keeps on the device for each slot; the last row belongs to padding.
 
+    Of several replicas each has so many rows, one after the other.
+
     Attributes:
         last_token: int32[slots + 1] newest token of the sequence in a slot.
         output_counts: int32[slots + 1, V] how often each token was sampled, for penalties.
@@ -47,16 +49,16 @@ class SamplerState:
     logit_bias: jax.Array
 
     LOGICAL_AXES: ClassVar[dict[str, tuple[str | None, ...]]] = {
-        "last_token": (None,),
-        "output_counts": (None, "vocab"),
-        "in_prompt": (None, "vocab"),
-        "logit_bias": (None, "vocab"),
+        "last_token": ("slots",),
+        "output_counts": ("slots", "vocab"),
+        "in_prompt": ("slots", "vocab"),
+        "logit_bias": ("slots", "vocab"),
     }
 
     @classmethod
-    def create(cls, num_slots: int, vocab_size: int) -> SamplerState:
-        """The state of an engine that has seen nothing."""
-        rows = num_slots + 1
+    def create(cls, num_slots: int, vocab_size: int, replicas: int = 1) -> SamplerState:
+        """The state of an engine that has seen nothing, with so many slots for each replica."""
+        rows = replicas * (num_slots + 1)
         return cls(
             jnp.zeros(rows, jnp.int32),
             jnp.zeros((rows, vocab_size), jnp.int32),

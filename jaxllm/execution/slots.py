@@ -18,30 +18,33 @@ class SlotTable:
     """A row for each running sequence: its page table and sampling parameters, ready to be gathered.
 
     Rows of the device's `SamplerState` have to be written when a sequence with penalties or a biased
-    vocabulary enters, and again when its bias changes.
+    vocabulary enters, and again when its bias changes. Of several replicas each has rows of its own, one
+    after the other; the last one of each stands for no sequence.
 
     Attributes:
-        padding_slot: the row that stands for no sequence.
-        page_table: int32[slots + 1, pages_per_seq].
-        integers: per name int32[slots + 1].
-        floats: float32[len(FLOATS), slots + 1].
+        rows_per_replica: slots of a replica, and one more.
+        page_table: int32[rows, pages_per_seq].
+        integers: per name int32[rows].
+        floats: float32[len(FLOATS), rows].
     """
 
-    def __init__(self, num_slots: int, pages_per_seq: int, vocab_size: int) -> None:
-        self.padding_slot = num_slots
-        self.page_table = np.zeros((num_slots + 1, pages_per_seq), np.int32)
-        self.integers = {
-            name: np.zeros(num_slots + 1, np.int32) for name in ("seeds", "top_k", "penalties", "bias")
-        }
-        self.floats = np.ones((len(FLOATS), num_slots + 1), np.float32)
+    def __init__(self, num_slots: int, pages_per_seq: int, vocab_size: int, replicas: int = 1) -> None:
+        self.rows_per_replica = num_slots + 1
+        rows = self.rows_per_replica * replicas
+        self.page_table = np.zeros((rows, pages_per_seq), np.int32)
+        self.integers = {name: np.zeros(rows, np.int32) for name in ("seeds", "top_k", "penalties", "bias")}
+        self.floats = np.ones((len(FLOATS), rows), np.float32)
         self._vocab_size = vocab_size
-        self._free = list(range(num_slots - 1, -1, -1))
+        self._free = [
+            list(range(first + num_slots - 1, first - 1, -1))
+            for first in range(0, rows, self.rows_per_replica)
+        ]
         self._slot_of: dict[Request, int] = {}
-        self._num_pages = [0] * num_slots
+        self._num_pages = [0] * rows
         self._bias_of: dict[Request, VocabularyBias] = {}
 
     def of(self, scheduled: Sequence[ScheduledRequest]) -> list[int]:
-        """The slot of each scheduled request."""
+        """The row of each scheduled request, counted through all replicas."""
         return [self._slot_of[entry.request] for entry in scheduled]
 
     def release(self, request: Request) -> None:
@@ -49,15 +52,15 @@ class SlotTable:
         slot = self._slot_of.pop(request, None)
         if slot is not None:
             self._bias_of.pop(request, None)
-            self._free.append(slot)
+            self._free[slot // self.rows_per_replica].append(slot)
 
-    def admit(self, scheduled: Sequence[ScheduledRequest]) -> list[WriteCounts | WriteBias]:
+    def admit(self, scheduled: Sequence[ScheduledRequest], replica: int = 0) -> list[WriteCounts | WriteBias]:
         """Gives newcomers a slot and notes new pages; the rows that the device has to write then."""
         writes: list[WriteCounts | WriteBias] = []
         for request, start, num_tokens, _ in scheduled:
             slot = self._slot_of.get(request)
             if slot is None:
-                slot = self._enter(request)
+                slot = self._enter(request, replica)
                 if self.integers["penalties"][slot]:
                     writes.append(self._token_counts(slot, request))
             if request in self._bias_of:
@@ -70,8 +73,8 @@ class SlotTable:
                 self._num_pages[slot] = len(pages)
         return writes
 
-    def _enter(self, request: Request) -> int:
-        slot = self._slot_of[request] = self._free.pop()
+    def _enter(self, request: Request, replica: int) -> int:
+        slot = self._slot_of[request] = self._free[replica].pop()
         params = request.sampling_params
         self._num_pages[slot] = 0
         self.integers["seeds"][slot] = np.uint32(request.seed).astype(np.int32)

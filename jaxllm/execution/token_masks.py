@@ -27,12 +27,18 @@ class TokenMasks:
         vocab_size: of the model.
         num_logits: of a row, where devices share a vocabulary that was filled up for them.
         sharding: where the masks lie; None is one device.
+        replicas: that have so many sequences each, one after the other.
     """
 
     def __init__(
-        self, vocab_size: int, num_logits: int | None = None, sharding: NamedSharding | None = None
+        self,
+        vocab_size: int,
+        num_logits: int | None = None,
+        sharding: NamedSharding | None = None,
+        replicas: int = 1,
     ) -> None:
         self._sharding = sharding
+        self._replicas = replicas
         self._num_known_words = -(-vocab_size // 32)
         self._num_words = -(-(num_logits or vocab_size) // 32)
         self._unused: dict[int, jax.Array] = {}
@@ -40,8 +46,9 @@ class TokenMasks:
         self._begun: Future[dict[Request, np.ndarray]] | None = None
 
     def abstract(self, num_seqs: int) -> jax.ShapeDtypeStruct:
-        """What the masks of a step look like: int32[S, ceil(V / 32)]."""
-        return jax.ShapeDtypeStruct((num_seqs, self._num_words), jnp.int32, sharding=self._sharding)
+        """What the masks of a step look like: int32[S, ceil(V / 32)] of each replica."""
+        shape = (self._replicas * num_seqs, self._num_words)
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self._sharding)
 
     def begin(self, requests: Iterable[Request]) -> None:
         """Starts on the masks of those among the requests that have a grammar and go on."""
@@ -51,30 +58,33 @@ class TokenMasks:
         if constrained:
             self._begun = self._thread.submit(self._fill, constrained)
 
-    def of(self, scheduled: Sequence[ScheduledRequest], num_seqs: int) -> np.ndarray | None:
+    def of(
+        self, scheduled: Sequence[ScheduledRequest], rows: Sequence[int], num_seqs: int
+    ) -> np.ndarray | None:
         """The masks of a plan's sequences; None where nothing forbids anything.
 
         Args:
-            num_seqs: rows of the step that the plan runs in.
+            rows: of each of them in the step that the plan runs in.
+            num_seqs: that this step has for each replica.
         """
-        rows = {
+        constrained = {
             entry.request: row
-            for row, entry in enumerate(scheduled)
+            for row, entry in zip(rows, scheduled, strict=True)
             if entry.samples and entry.request.grammar is not None
         }
-        if not rows:
+        if not constrained:
             return None
         known = self._take()
-        known |= self._fill([request for request in rows if request not in known])
-        masks = np.full((num_seqs, self._num_words), -1, np.int32)
-        for request, row in rows.items():
+        known |= self._fill([request for request in constrained if request not in known])
+        masks = np.full((self._replicas * num_seqs, self._num_words), -1, np.int32)
+        for request, row in constrained.items():
             masks[row, : self._num_known_words] = known[request]
         return masks
 
     def unused(self, num_seqs: int) -> jax.Array:
         """Masks that are not looked at, on the devices already."""
         if num_seqs not in self._unused:
-            none = np.zeros((num_seqs, self._num_words), np.int32)
+            none = np.zeros((self._replicas * num_seqs, self._num_words), np.int32)
             self._unused[num_seqs] = (
                 jax.device_put(none)
                 if self._sharding is None

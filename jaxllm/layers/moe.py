@@ -13,11 +13,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from jaxllm.layers.expert_exchange import block_size, exchange
 from jaxllm.layers.linear import Linear, OneOfStack, apply_weight, declare
 from jaxllm.layers.mlp import ACTIVATIONS, MLP
 from jaxllm.models.config import ModelConfig, MoEConfig
 from pallas_kernels.grouped_matmul import grouped_matmul
-from sharding import MeshAxes
+from sharding import MeshAxes, names_of
 
 
 class GroupedLinear(nnx.Module):
@@ -73,12 +74,16 @@ class Experts(nnx.Module):
 class MoE(nnx.Module):
     """The weighted sum of the experts that a token takes, and of a shared one where the family has it.
 
-    Devices that share the experts all have all tokens, so that no token is sent anywhere: each device
-    computes what its experts, or its part of every expert, have to say, and the sum over devices is all.
+    Devices of a replica that share the experts all have all its tokens, so that no token is sent among
+    them: each computes what its experts, or its part of every expert, have to say, and the sum over devices
+    is all. Where replicas share the experts as well, a token goes to the replicas that have its experts
+    and back, from each device to the one in the same place of the other replica: what any device of a
+    replica has to send or to hear, no other one of it has.
 
     Args:
-        split_over: mesh axes that share the experts, if any.
+        split_over: mesh axes of a replica's devices, which share the experts, if any.
         expert_parallel: by whole experts, rather than by the width of each.
+        exchange_over: mesh axis of the replicas that share the experts, if there are several.
     """
 
     def __init__(
@@ -90,6 +95,7 @@ class MoE(nnx.Module):
         split_over: MeshAxes = None,
         *,
         expert_parallel: bool = False,
+        exchange_over: str | None = None,
     ) -> None:
         linear = functools.partial(Linear, bias=False, dtype=dtype, feature_major=feature_major)
         self.router = linear((moe.num_experts,), (config.hidden_size,), (None,), ("embed",))
@@ -103,6 +109,7 @@ class MoE(nnx.Module):
         self.feature_major = feature_major
         self.split_over = split_over
         self.expert_parallel = expert_parallel
+        self.exchange_over = exchange_over
 
     def __call__(self, x: jax.Array, num_tokens: jax.Array) -> jax.Array:
         """x: [T, D] or [D, T], of which only so many first tokens are real; returns the same shape."""
@@ -116,26 +123,64 @@ class MoE(nnx.Module):
         logits = self.router(x)
         tokens, logits = (x.T, logits.T) if self.feature_major else (x, logits)
         weights, chosen = self._route(logits)
-        first, count = self._own_experts()
-        is_own = (chosen >= first) & (chosen < first + count)
-        is_own &= (jnp.arange(tokens.shape[0]) < num_tokens)[:, None]
-        # Padding, and other devices' experts, go behind the last group, where no product is done.
-        by_row = jnp.where(is_own, chosen - first, count).reshape(-1)
-        order = jnp.argsort(by_row)
-        group_sizes = jnp.zeros(count, jnp.int32).at[by_row].add(1, mode="drop")
-        rows = self.experts(tokens[order // self.experts_per_token], group_sizes)
+        is_real = (jnp.arange(tokens.shape[0]) < num_tokens)[:, None]
+        # Padding, and experts that others add, are nobody's.
+        through = self._through_own if self.exchange_over is None else self._through_all
+        mine, is_mine = through(tokens, chosen, is_real)
         # Summed token by token, in the order of its experts, whatever else is in the batch.
-        mine = rows[jnp.argsort(order)].reshape(*chosen.shape, -1).astype(jnp.float32)
-        mine = jnp.where(is_own[..., None], mine, 0)
+        mine = jnp.where(is_mine[..., None], mine.astype(jnp.float32), 0)
         out = jnp.einsum("tk,tkd->td", weights, mine, precision=lax.Precision.HIGHEST).astype(x.dtype)
         return out.T if self.feature_major else out
 
+    def _through_own(
+        self, tokens: jax.Array, chosen: jax.Array, is_real: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """[T, k, D] of this device's experts, and bool[T, k] of where these are."""
+        index, count = self._own_experts()
+        is_mine = is_real & (chosen // count == index)
+        expert = jnp.where(is_mine, chosen - index * count, count).reshape(-1)
+        return self._apply_experts(tokens, expert, count).reshape(*chosen.shape, -1), is_mine
+
+    def _through_all(
+        self, tokens: jax.Array, chosen: jax.Array, is_real: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """The same of the experts that the devices in this place of all replicas have."""
+        assert self.exchange_over is not None
+        replicas, devices, place = lax.axis_size(self.exchange_over), 1, jnp.int32(0)
+        if self.split_over is not None:
+            devices, place = lax.axis_size(self.split_over), lax.axis_index(self.split_over)
+        count = self.num_experts // (replicas * devices)
+        replica, at = jnp.divmod(chosen // count, devices)
+        is_mine = is_real & (at == place)
+        most = tokens.shape[0] * min(self.experts_per_token, count)
+        mine = exchange(
+            functools.partial(self._apply_experts, num_experts=count),
+            tokens,
+            jnp.where(is_mine, replica, replicas),
+            chosen % count,
+            num_experts=count,
+            block=block_size(chosen.size, most, replicas * devices),
+            most=most,
+            axis=self.exchange_over,
+            in_step=(self.exchange_over, *names_of(self.split_over)),
+        )
+        return mine, is_mine
+
+    def _apply_experts(self, tokens: jax.Array, expert: jax.Array, num_experts: int) -> jax.Array:
+        """[R, D]: each token through its experts, of which int32[R] has equally many for each, in order.
+
+        No product is done where the expert is `num_experts`; there stands anything finite.
+        """
+        order = jnp.argsort(expert)
+        group_sizes = jnp.zeros(num_experts, jnp.int32).at[expert].add(1, mode="drop")
+        each = expert.shape[0] // tokens.shape[0]
+        return self.experts(tokens[order // each], group_sizes)[jnp.argsort(order)]
+
     def _own_experts(self) -> tuple[jax.Array | int, int]:
-        """The first one that this device computes, and how many."""
+        """This device's place among those that share the experts, and how many of them each has."""
         if self.split_over is None or not self.expert_parallel:
             return 0, self.num_experts
-        count = self.num_experts // lax.axis_size(self.split_over)
-        return lax.axis_index(self.split_over) * count, count
+        return lax.axis_index(self.split_over), self.num_experts // lax.axis_size(self.split_over)
 
     def _route(self, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
         """logits [T, experts] to weights float32[T, k] and numbers int32[T, k] of a token's experts."""

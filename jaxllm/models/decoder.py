@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,9 +27,9 @@ from jaxllm.models.fitting import fit_to_shards
 from jaxllm.models.graph import LikeLayers, groups_of_like_layers, merge_module, split_module
 from jaxllm.models.parameters import ParameterSpec
 from pallas_kernels.ragged_paged_attention import Backend, cache_rows
-from sharding import DEFAULT_RULES, MeshAxes, partition_spec, sharded_top_k
+from sharding import DEFAULT_RULES, MeshAxes, names_of, on_shards, partition_spec, sharded_top_k
 
-CACHE_AXES = ("layers", None, None, "kv_heads", None)
+CACHE_AXES = ("layers", "pages", None, "kv_heads", None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +54,13 @@ class DecoderForm:
     expert_parallel: bool = False
 
     def mesh_axes(self, logical: str) -> MeshAxes:
-        """The mesh axes that share a logical axis."""
-        return None if self.mesh is None else DEFAULT_RULES[logical]
+        """The mesh axes that share a logical axis; None where they are of one device."""
+        axes = DEFAULT_RULES[logical]
+        return axes if math.prod(map(self.axis_size, names_of(axes))) > 1 else None
+
+    def axis_size(self, mesh_axis: str) -> int:
+        """The size of a mesh axis."""
+        return 1 if self.mesh is None else self.mesh.shape[mesh_axis]
 
 
 @jax.tree_util.register_dataclass
@@ -93,7 +99,13 @@ class DecoderLayer(nnx.Module):
         if has_experts and config.moe is not None:
             parallel = form.expert_parallel
             self.mlp = MoE(
-                config, config.moe, form.dtype, form.feature_major, split, expert_parallel=parallel
+                config,
+                config.moe,
+                form.dtype,
+                form.feature_major,
+                split,
+                expert_parallel=parallel,
+                exchange_over="data" if parallel and form.axis_size("data") > 1 else None,
             )
         else:
             self.mlp = MLP(config, config.intermediate_size, form.dtype, form.feature_major, split)
@@ -219,10 +231,15 @@ class Decoder:
         return specs
 
     def cache_spec(self, num_pages: int, page_size: int) -> ParameterSpec:
-        """The KV cache's shape and logical axes, as the attention backend would have it held."""
-        model, shards = self.fitted, 1 if self.form.mesh is None else self.form.mesh.shape["tensor"]
+        """The KV cache's shape and logical axes, as the attention backend would have it held.
+
+        Args:
+            num_pages: of each replica.
+        """
+        model, shards = self.fitted, self.form.axis_size("tensor")
         rows, width = cache_rows(self.form.attention_backend, model.num_kv_heads // shards, model.head_dim)
-        return ParameterSpec((model.num_layers, num_pages, page_size, rows * shards, width), CACHE_AXES)
+        pages = num_pages * self.form.axis_size("data")
+        return ParameterSpec((model.num_layers, pages, page_size, rows * shards, width), CACHE_AXES)
 
     def __call__(
         self, params: dict[str, Any], kv_pages: jax.Array, inputs: TokenInputs, *, decode_only: bool = False
@@ -238,11 +255,9 @@ class Decoder:
         self, function: Callable[..., Any], in_specs: tuple[PartitionSpec, ...], out_specs: Any
     ) -> Callable[..., Any]:
         """function(params, ...) of global arrays, run on each device's shards."""
+        assert self.form.mesh is not None
         params = {name: self._partition_spec(name, spec) for name, spec in self.parameter_specs().items()}
-        # Not checked: what a psum makes equal everywhere, loops and kernels do not see to be.
-        return jax.shard_map(
-            function, mesh=self.form.mesh, in_specs=(params, *in_specs), out_specs=out_specs, check_vma=False
-        )
+        return on_shards(function, self.form.mesh, (params, *in_specs), out_specs)
 
     def _partition_spec(self, name: str, spec: ParameterSpec) -> PartitionSpec:
         stacked = self.form.stack_layers and spec.num_layers is not None
@@ -279,9 +294,10 @@ class Decoder:
 
     def top_k(self, logits: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
         """The k largest of each row of logits, and where they stand."""
-        if self.form.mesh is None:
+        axes = self.form.mesh_axes("vocab")
+        if self.form.mesh is None or axes is None:
             return lax.top_k(logits, k)
-        return sharded_top_k(logits, k, self.form.mesh, self.form.mesh_axes("vocab"))
+        return sharded_top_k(logits, k, self.form.mesh, axes)
 
     def _logits(self, params: dict[str, Any], hidden: jax.Array, rows: jax.Array) -> jax.Array:
         chosen = jnp.take(hidden, rows, axis=1 if self.form.feature_major else 0)

@@ -8,6 +8,7 @@ from jaxllm.scheduling.policies import load_policy
 from jaxllm.scheduling.policies.order import FirstComeFirstServed, Priority
 from jaxllm.scheduling.policy import BudgetSplit, SchedulingPolicy
 from jaxllm.scheduling.prefix_cache import PageHasher
+from jaxllm.scheduling.replicas import ReplicatedScheduler, make_scheduler
 from jaxllm.scheduling.scheduler import Scheduler
 from jaxllm.scheduling.views import RequestView, StepView
 
@@ -20,6 +21,7 @@ __all__ = [
     "PageHasher",
     "Plan",
     "Priority",
+    "ReplicatedScheduler",
     "RequestUpdate",
     "RequestView",
     "ScheduledRequest",
@@ -29,4 +31,5 @@ __all__ = [
     "StepView",
     "TokenLogprobs",
     "load_policy",
+    "make_scheduler",
 ]

@@ -44,6 +44,8 @@ class Plan:
         num_tokens: sum of `num_tokens` over `scheduled`.
         copies_out: pages of the device to copy to pages of the host, before anything else.
         copies_in: pages of the host to copy to pages of the device, after that and before the step.
+        parts: with several replicas the plan of each, None for one that has nothing to do. What stands
+            above is then of all of them, one after the other, and pages are counted through all replicas.
     """
 
     step_id: int
@@ -52,6 +54,12 @@ class Plan:
     num_tokens: int
     copies_out: Copies = ()
     copies_in: Copies = ()
+    parts: tuple[Plan | None, ...] = ()
+
+    @property
+    def of_replicas(self) -> tuple[Plan | None, ...]:
+        """The plan of each replica, of which there may be one."""
+        return self.parts or (self,)
 
 
 class TokenLogprobs(NamedTuple):

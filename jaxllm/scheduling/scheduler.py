@@ -23,7 +23,13 @@ from jaxllm.scheduling.plan import Plan, RequestUpdate, ScheduledRequest, StepRe
 from jaxllm.scheduling.policies import load_policy
 from jaxllm.scheduling.policy import SchedulingPolicy
 from jaxllm.scheduling.prefix_cache import PageHasher
-from jaxllm.scheduling.sequence import ScheduledSequence, WaitingQueue, ceil_div
+from jaxllm.scheduling.sequence import (
+    ScheduledSequence,
+    WaitingQueue,
+    ceil_div,
+    hasher_of,
+    may_read_cache,
+)
 from jaxllm.scheduling.swap import SwapSpace
 from jaxllm.scheduling.views import RequestView, StepView
 
@@ -125,23 +131,18 @@ class Scheduler:
 
     # Requests come and go
 
-    def add(self, request: Request) -> None:
+    def add(self, request: Request, hasher: PageHasher | None = None) -> None:
         """Queue a request.
+
+        Args:
+            hasher: of its pages, as `hasher_of` makes it, where its prompt was looked at before.
 
         Raises:
             InvalidRequestError: its id is taken, its prompt is empty or too long, or it needs more
                 pages than there are.
         """
         max_length = check_request(request, self.config, taken=request.request_id in self._sequences)
-        # Without prefix caching, the sequences of one user request still share its prompt.
-        group = None if self.config.enable_prefix_caching else request.group_id
-        params = request.sampling_params
-        hasher = None
-        if self.config.enable_prefix_caching or group is not None:
-            hasher = PageHasher(self._page_size, (request.cache_salt, group))
-        reads_cache = (
-            hasher is not None and params.prompt_logprobs is None and not params.skip_reading_prefix_cache
-        )
+        hasher = hasher or hasher_of(request, self.config)
         sequence = ScheduledSequence(
             request,
             find_prefix=self._count_prefix_tokens,
@@ -149,7 +150,7 @@ class Scheduler:
             order=self._next_order,
             max_length=max_length,
             hasher=hasher,
-            reads_cache=reads_cache,
+            reads_cache=hasher is not None and may_read_cache(request),
             overlaps=self.config.reschedule_in_flight and not request.needs_host_tokens,
         )
         self._next_order += 1

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator
 from heapq import heapify, heappop, heappush
 
+from jaxllm.config import SchedulerConfig
 from jaxllm.request import Request
 from jaxllm.scheduling.block_pool import BlockPool
 from jaxllm.scheduling.plan import TokenLogprobs
@@ -17,6 +18,21 @@ from jaxllm.scheduling.views import RequestView
 def ceil_div(numerator: int, denominator: int) -> int:
     """Quotient rounded up."""
     return -(-numerator // denominator)
+
+
+def hasher_of(request: Request, config: SchedulerConfig) -> PageHasher | None:
+    """Names the pages of a request; None where nobody may share them."""
+    # Without prefix caching, the sequences of one user request still share its prompt.
+    group = None if config.enable_prefix_caching else request.group_id
+    if not config.enable_prefix_caching and group is None:
+        return None
+    return PageHasher(config.page_size, (request.cache_salt, group))
+
+
+def may_read_cache(request: Request) -> bool:
+    """Whether a request may take pages that are computed already."""
+    params = request.sampling_params
+    return params.prompt_logprobs is None and not params.skip_reading_prefix_cache
 
 
 class ScheduledSequence:

@@ -51,11 +51,12 @@ def test_masks_begun_early_or_late_are_the_same(seed: int) -> None:
     requests.append(request("later", "a", starts_after=[5]))
     for _ in range(5):
         planned = rng.sample(requests, 7)
-        made = masks.of(scheduled(planned), 9)
+        rows = rng.sample(range(9), 7)
+        made = masks.of(scheduled(planned), rows, 9)
         assert (made is not None) == any(r.grammar is not None for r in planned)
         if made is not None:
-            np.testing.assert_array_equal(made[:7], np.stack([expected(r) for r in planned]))
-            assert (made[7:] == -1).all()
+            np.testing.assert_array_equal(made[rows], np.stack([expected(r) for r in planned]))
+            assert (np.delete(made, rows, axis=0) == -1).all()
         for one in planned:
             if one.grammar is not None:
                 allowed = np.unpackbits(expected(one).view(np.uint8), bitorder="little")
@@ -71,8 +72,8 @@ def test_nobody_who_asks_for_nothing_is_sent_anything() -> None:
     """Also a prompt that is not complete yet needs no mask; the same array is given again."""
     masks = TokenMasks(VOCAB_SIZE)
     free, bound = request("free", None), request("bound", "a")
-    assert masks.of(scheduled([free]), 4) is None
-    assert masks.of(scheduled([free, bound], samples=False), 4) is None
+    assert masks.of(scheduled([free]), [0], 4) is None
+    assert masks.of(scheduled([free, bound], samples=False), [0, 1], 4) is None
     first = masks.unused(4)
     assert masks.unused(4) is first
     assert first.shape == masks.abstract(4).shape and first.dtype == masks.abstract(4).dtype
@@ -91,7 +92,7 @@ def test_no_mask_is_begun_for_who_has_ended(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(masks, "_fill", fill)
     masks.begin([done, going, request("free", None)])
-    made = masks.of(scheduled([going]), 1)
+    made = masks.of(scheduled([going]), [0], 1)
     assert made is not None
     assert filled == ["going"]
     np.testing.assert_array_equal(made[0], expected(going))

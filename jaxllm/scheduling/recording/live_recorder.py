@@ -14,6 +14,7 @@ from typing import Any
 from jaxllm.request import Request, RequestStatus
 from jaxllm.scheduling.plan import Plan, RequestUpdate
 from jaxllm.scheduling.recording.recorder import Recorder
+from jaxllm.scheduling.replicas import ReplicatedScheduler
 from jaxllm.scheduling.scheduler import Scheduler
 
 Event = list[Any]
@@ -46,7 +47,7 @@ class LiveRecorder(Recorder):
         capacity: events that are kept; whoever comes later than that starts anew from a snapshot.
     """
 
-    def __init__(self, scheduler: Scheduler, capacity: int = 4096) -> None:
+    def __init__(self, scheduler: Scheduler | ReplicatedScheduler, capacity: int = 4096) -> None:
         self._scheduler = scheduler
         self._pool = scheduler.pool
         self._start = time.monotonic()
@@ -87,9 +88,10 @@ class LiveRecorder(Recorder):
         state = {
             "time": self._micros(time.monotonic()),
             "limits": {
-                "max_num_seqs": config.max_num_seqs,
-                "max_num_batched_tokens": config.max_num_batched_tokens,
-                "num_pages": config.num_pages,
+                # Of all replicas, as everything here.
+                "max_num_seqs": config.max_num_seqs * config.data_parallel_size,
+                "max_num_batched_tokens": config.max_num_batched_tokens * config.data_parallel_size,
+                "num_pages": self._pool.num_pages,
                 "page_size": config.page_size,
                 "prefix_caching": config.enable_prefix_caching,
                 "policy": config.policy,

@@ -13,6 +13,7 @@ from jaxllm.request import Request
 from jaxllm.sampling_params import SamplingParams
 from jaxllm.scheduling.plan import Plan, StepResult
 from jaxllm.scheduling.policy import SchedulingPolicy
+from jaxllm.scheduling.replicas import ReplicatedScheduler, make_scheduler
 from jaxllm.scheduling.scheduler import Scheduler
 from jaxllm.scheduling.simulator.costs import CostModel
 from jaxllm.scheduling.simulator.trace import TracedRequest
@@ -109,7 +110,7 @@ def simulate(
         max_in_flight: plans that are outstanding at most; 1 does without overlap.
         host_seconds: time between two steps in which the device waits for the host.
     """
-    scheduler = Scheduler(config, policy)
+    scheduler = make_scheduler(config, policy)
     simulation = Simulation()
     arrivals = iter(trace)
     next_arrival = next(arrivals, None)
@@ -129,7 +130,8 @@ def simulate(
             next_arrival = next(arrivals, None)
         while len(in_flight) < max_in_flight and (plan := scheduler.schedule()) is not None:
             start = max(now, device_free)
-            seconds = cost.seconds(plan) + host_seconds
+            # Replicas wait for the one that has most to do.
+            seconds = max(cost.seconds(part) for part in plan.of_replicas if part) + host_seconds
             device_free = start + seconds
             in_flight.append((plan, device_free))
             simulation.steps.append(_record_step(plan, now, start, seconds, scheduler))
@@ -187,7 +189,9 @@ def _record_request(traced: TracedRequest, request: Request, now: float) -> Requ
     )
 
 
-def _record_step(plan: Plan, now: float, start: float, seconds: float, scheduler: Scheduler) -> StepRecord:
+def _record_step(
+    plan: Plan, now: float, start: float, seconds: float, scheduler: Scheduler | ReplicatedScheduler
+) -> StepRecord:
     num_prompt_tokens = 0
     for request, first, num_tokens, _ in plan.scheduled:
         if request.first_scheduled_time is None:

@@ -1,0 +1,349 @@
+"""Replicas of attention and cache in one engine, with experts between them: the tokens of one device."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from jaxllm import LLM, SamplingParams
+from jaxllm.errors import ConfigError, UnsupportedError
+from jaxllm.execution.abstract import (
+    abstract_cache,
+    abstract_parameters,
+    abstract_state,
+    by_replica,
+    lower_step,
+)
+from jaxllm.execution.batch import StepShape
+from jaxllm.execution.sampler import SamplerState
+from jaxllm.execution.step import step
+from jaxllm.execution.token_masks import TokenMasks
+from jaxllm.layers.expert_exchange import block_size, exchange
+from jaxllm.models.config import ModelConfig, MoEConfig
+from jaxllm.models.decoder import Decoder, DecoderForm
+from jaxllm.models.families import translate_config
+from jaxllm.scheduling import ReplicatedScheduler
+from sharding import make_mesh, on_shards
+from tests.layers.test_moe import HIDDEN, expected, make_layer
+from tests.parallel.eight_devices import collectives
+from tests.parallel.eight_devices.same_tokens import BIAS, OUTPUT, make_llm, use_one_shape
+from tests.parallel.hlo import collectives as count_collectives
+from tests.parallel.hlo import copies_of, parse
+from tests.parallel.models import Oracle, hf_config, write_model
+
+LENGTHS = (21, 18, 5, 23, 9, 20, 16)
+MOE = MoEConfig(8, 3, 24, (0, 1, 2), True, 16)
+
+
+# The exchange
+
+
+@functools.cache
+def exchanged(block: int) -> Any:
+    """Each expert multiplies by a number of its own: four replicas of two devices, two experts on each."""
+    mesh = make_mesh(data=4, tensor=2)
+
+    def of_device(x: jax.Array, chosen: jax.Array, is_real: jax.Array, factors: jax.Array) -> jax.Array:
+        device = chosen // 2
+        mine = exchange(
+            lambda rows, expert: rows * jnp.append(factors, 1e6)[expert][:, None],
+            x,
+            jnp.where(is_real[:, None] & (device % 2 == jax.lax.axis_index("tensor")), device // 2, 4),
+            chosen % 2,
+            num_experts=2,
+            block=block,
+            most=chosen.size,
+            axis="data",
+            in_step=("data", "tensor"),
+        )
+        return jax.lax.psum(mine, "tensor")
+
+    split, whole = PartitionSpec("data"), PartitionSpec(("data", "tensor"))
+    return jax.jit(on_shards(of_device, mesh, (split, split, split, whole), split))
+
+
+@pytest.mark.parametrize("block", [1, 3, 14])
+@pytest.mark.parametrize("routing", ["random", "one expert", "one device", "nobody"])
+def test_every_row_comes_back_from_its_expert(routing: str, block: int) -> None:
+    """In blocks of one row, of several, and of all that there may be."""
+    tokens, each = 4 * 7, 2
+    rng = np.random.default_rng(block)
+    x = rng.standard_normal((tokens, 3), np.float32)
+    factors = np.arange(1, 17, dtype=np.float32)
+    first, count = {"one expert": (11, 1), "one device": (6, 2)}.get(routing, (0, 16))
+    chosen = first + rng.integers(count, size=(tokens, each))
+    is_real = rng.random(tokens) < (0 if routing == "nobody" else 0.8)
+    expected = np.where(is_real[:, None, None], x[:, None] * factors[chosen][..., None], 0)
+    np.testing.assert_array_equal(exchanged(block)(x, chosen, is_real, factors), expected)
+
+
+def test_blocks_are_twice_the_mean_and_never_more_than_could_be() -> None:
+    assert block_size(64 * 8, 64 * 8, 8) == 128
+    assert block_size(4 * 8, 4 * 8, 8) == 32
+    assert block_size(3, 3, 8) == 3
+    assert block_size(1000, 700, 2) == 700
+
+
+@pytest.mark.parametrize(("data", "tensor", "shared"), [(4, 1, 0), (2, 2, 0), (2, 4, 8)])
+def test_a_layer_of_experts_on_the_devices_of_all_replicas(data: int, tensor: int, shared: int) -> None:
+    """Against float64, also where all tokens want the same experts, and where replicas have none."""
+    experts, per_token, tokens = 8, 3, 50
+    layer, weights = make_layer(experts, per_token, normalize=True, shared=shared)
+    graph, state = nnx.split(layer)
+    form = {"split_over": "tensor" if tensor > 1 else None, "exchange_over": "data", "expert_parallel": True}
+
+    def of_device(state: Any, x: jax.Array, num_tokens: jax.Array) -> jax.Array:
+        own = nnx.merge(graph, state)
+        for name, value in form.items():
+            setattr(own, name, value)
+        return own(x, num_tokens[0])
+
+    def split(path: Any, _: Any) -> PartitionSpec:
+        names = jax.tree_util.keystr(path)
+        over = ("data", "tensor")
+        if "experts" in names:
+            return PartitionSpec(None, over) if "gate_up" in names else PartitionSpec(over)
+        if "'shared'" in names:
+            return PartitionSpec(None, "tensor")
+        return PartitionSpec()
+
+    specs = jax.tree_util.tree_map_with_path(split, state)
+    batch = PartitionSpec("data")
+    mesh = make_mesh(data=data, tensor=tensor)
+    run = jax.jit(on_shards(of_device, mesh, (specs, batch, batch), batch))
+    rng = np.random.default_rng(data)
+    for x in (
+        rng.standard_normal((data * tokens, HIDDEN), np.float32),
+        np.repeat(rng.standard_normal((1, HIDDEN), np.float32), data * tokens, axis=0),
+    ):
+        counts = rng.integers(tokens, size=data).astype(np.int32)
+        counts[0] = 0
+        out = np.asarray(run(state, x, counts)).reshape(data, tokens, HIDDEN)
+        for replica, count in enumerate(counts):
+            mine = x.reshape(data, tokens, HIDDEN)[replica, :count]
+            exact = expected(mine, weights, per_token, normalize=True)
+            # Three float32 products in a row.
+            assert np.linalg.norm(out[replica, :count] - exact) <= 1e-6 * np.linalg.norm(exact)
+
+
+# What the compiled steps say to one another
+
+
+def compiled(model: ModelConfig, data: int, tensor: int, shape: StepShape, *, cpu_form: bool = False) -> str:
+    form = DecoderForm(
+        jnp.dtype("float32"),
+        cpu_form,
+        not cpu_form,
+        "xla",
+        make_mesh(data=data, tensor=tensor),
+        expert_parallel=model.moe is not None,
+    )
+    decoder = Decoder(model, form)
+    vocabulary = decoder.fitted.vocab_size
+    state = functools.partial(SamplerState.create, collectives.SLOTS, vocabulary, data)
+    lowered = lower_step(
+        functools.partial(step, decoder=decoder, shape=shape, num_logprobs=5, logprobs_mode="raw_logprobs"),
+        decoder,
+        abstract_parameters(decoder),
+        abstract_cache(decoder, collectives.PAGES, collectives.PAGE_SIZE),
+        abstract_state(state, form.mesh),
+        TokenMasks(model.vocab_size, vocabulary, by_replica(decoder), data).abstract(shape.num_seqs),
+        shape,
+    )
+    return lowered.compile().as_text() or ""
+
+
+def replica_groups(text: str) -> list[list[list[int]]]:
+    """Of each collective that a module starts: who takes part, {{0,1},{2,3}} or as the shape of a range."""
+    found = []
+    for lists, sizes, whole in re.findall(
+        r"replica_groups=(?:\{(\{.*?\})\}|\[([\d,]+)\]<=\[(\d+)\](?!T))", text
+    ):
+        if lists:
+            found.append([[int(i) for i in one.split(",")] for one in re.findall(r"\{(.*?)\}", lists)])
+        else:
+            found.append(np.arange(int(whole)).reshape([int(n) for n in sizes.split(",")]).tolist())
+    return found
+
+
+def test_replicas_of_a_dense_model_say_nothing_to_one_another() -> None:
+    text = compiled(collectives.MODEL, 2, 2, collectives.MIXED, cpu_form=True)
+    module = parse(text)
+    [layer] = module.loops_over(collectives.cache_shape(2))
+    assert count_collectives(layer) == Counter({"all-reduce": 2})
+    groups = replica_groups(text)
+    assert len(groups) == sum(count_collectives(module.instructions).values()) > 2
+    # Devices 0 and 1 are the one replica, 2 and 3 the other.
+    assert {frozenset(one) for group in groups for one in group} == {frozenset({0, 1}), frozenset({2, 3})}
+    assert copies_of(module.instructions, {collectives.cache_shape(2), collectives.cache_shape(1)}) == []
+
+
+def test_experts_of_replicas_exchange_rows_and_nothing_else() -> None:
+    """With 80 tokens a device may get 240 rows of another one, and a block has 120: so there are rounds."""
+    model = replace(collectives.MODEL, moe=MOE)
+    module = parse(compiled(model, 2, 2, StepShape(80, 5, 7, False)))
+    [layer] = module.loops_over(collectives.cache_shape(2))
+    # Tokens and the numbers of their experts there, results back; two sums, and how many rounds all make.
+    assert count_collectives(layer) == Counter({"all-to-all": 3, "all-reduce": 3})
+    matrices = {(2, 2, 40, 24), (2, 24, 40), (4, 40, 24)}
+    matrices |= {(collectives.LAYERS, *sizes) for sizes in matrices}
+    shapes = {collectives.shape_of(*sizes) for sizes in matrices} | {collectives.cache_shape(2)}
+    assert copies_of(module.instructions, shapes) == []
+
+
+# Engines
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_shape() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        use_one_shape(patch)
+        yield
+
+
+def serve(llm: LLM, oracle: Oracle, **fields: Any) -> list[Any]:
+    """Prompts that share a prefix, served by two replicas with too few pages; checks every token."""
+    rng = np.random.default_rng(0)
+    shared = rng.integers(601, size=8).tolist()
+    prompts = [(shared + rng.integers(601, size=length).tolist())[:length] for length in LENGTHS]
+    common: dict[str, Any] = {"temperature": 0, "max_tokens": OUTPUT, "ignore_eos": True, "detokenize": False}
+    params = [SamplingParams(**{**common, **fields}) for _ in prompts]
+    # Random, with one token to choose from.
+    params[0] = SamplingParams(**{**common, "temperature": 0.7}, top_k=1, seed=4, n=2)
+    params[1] = SamplingParams(**common, logprobs=3, prompt_logprobs=2)
+    params[2] = SamplingParams(**common, logit_bias=BIAS)
+    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+    for index, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
+        want = oracle.greedy(prompt, OUTPUT, BIAS if index == 2 else None)
+        assert [list(one.token_ids) for one in output.outputs] == [want] * len(output.outputs)
+    want = oracle.logprobs(prompts[1] + list(outputs[1].outputs[0].token_ids))
+    reported = [*(outputs[1].prompt_logprobs or [])[1:], *(outputs[1].outputs[0].logprobs or [])]
+    assert len(reported) == LENGTHS[1] - 1 + OUTPUT
+    for position, entry in enumerate(reported):
+        for token, logprob in entry.items():
+            # float32 through a few layers; the engine on one device keeps to the same.
+            assert logprob.logprob == pytest.approx(want[position, token], abs=1e-4)
+    return prompts
+
+
+def load(tmp: Path, name: str, **changes: Any) -> tuple[Path, Oracle]:
+    directory = write_model(tmp / name, name, **changes)
+    return directory, Oracle(directory, translate_config(hf_config(name, **changes)))
+
+
+def draw(llm: LLM) -> list[list[list[int]]]:
+    """Tokens of requests that ask for everything that the sampler can do."""
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(601, size=length).tolist() for length in LENGTHS]
+    common: dict[str, Any] = {"max_tokens": OUTPUT, "ignore_eos": True, "detokenize": False}
+    params = [
+        SamplingParams(**common, seed=1, n=2),
+        SamplingParams(**common, seed=2, top_p=0.8, min_p=0.01, temperature=1.3),
+        SamplingParams(**common, temperature=0, repetition_penalty=1.7, presence_penalty=0.5),
+        SamplingParams(**common, seed=3, top_k=20, frequency_penalty=1.0),
+        SamplingParams(**common, temperature=0, repetition_penalty=0.6),
+        SamplingParams(**common, seed=5, logit_bias=BIAS),
+        SamplingParams(**common, seed=6, allowed_token_ids=[1, 5, 300, 600]),
+    ]
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+    return [[list(one.token_ids) for one in output.outputs] for output in outputs]
+
+
+def test_two_replicas_of_one_device(tmp_path: Path) -> None:
+    directory, oracle = load(tmp_path, "llama")
+    llm = make_llm(directory, 1, data_parallel_size=2)
+    try:
+        serve(llm, oracle)
+        stats = llm.llm_engine.stats()
+        assert stats.num_preemptions > 0 and stats.prefix_cache_hits > 0
+        hits = {
+            m.labels["engine"]: m.value for m in llm.get_metrics() if m.name == "jaxllm:prefix_cache_hits"
+        }
+        assert set(hits) == {"0", "1"} and sum(hits.values()) == stats.prefix_cache_hits
+        # Asleep and awake again, with nothing cached; and one request, so that the other replica pads.
+        assert llm.reset_prefix_cache()
+        llm.sleep(level=1)
+        llm.wake_up()
+        prompt = np.random.default_rng(2).integers(601, size=13).tolist()
+        params = SamplingParams(temperature=0, max_tokens=OUTPUT, ignore_eos=True, detokenize=False)
+        for _ in range(2):
+            [output] = llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
+            assert list(output.outputs[0].token_ids) == oracle.greedy(prompt, OUTPUT)
+        tokens = draw(llm)
+    finally:
+        llm.shutdown()
+    llm = make_llm(directory, 1)
+    try:
+        assert draw(llm) == tokens
+    finally:
+        llm.shutdown()
+
+
+def test_two_replicas_of_two_devices(tmp_path: Path) -> None:
+    """Preempted requests are kept in the host's memory."""
+    directory, oracle = load(tmp_path, "llama")
+    llm = make_llm(directory, 2, data_parallel_size=2, swap_space=0.01)
+    try:
+        serve(llm, oracle)
+        assert cast(ReplicatedScheduler, llm.llm_engine.scheduler).num_swaps > 0
+        runner = llm.llm_engine.runner
+        # Every device has pages and slots of its replica, and its part of the weights.
+        held = {
+            "cache": (runner._kv_pages, (3, 11, 4, 2, 6)),
+            "counts": (runner._state.output_counts, (3, 512)),
+            "mlp": (runner._params["layers.mlp.down.weight"][0], (48, 38)),
+        }
+        for name, (array, shape) in held.items():
+            assert [shard.data.shape for shard in array.addressable_shards] == [shape] * 4, name
+    finally:
+        llm.shutdown()
+
+
+def test_experts_on_four_devices_of_two_replicas(tmp_path: Path) -> None:
+    directory, oracle = load(tmp_path, "qwen2-moe", num_experts=8)
+    llm = make_llm(directory, 2, data_parallel_size=2, enable_expert_parallel=True)
+    try:
+        experts = llm.llm_engine.runner._params["layers.mlp.experts.down.weight"][0]
+        assert experts.shape[0] == 8
+        held = [shard.index[0].indices(8)[:2] for shard in experts.addressable_shards]
+        assert held == [(0, 2), (2, 4), (4, 6), (6, 8)]
+        serve(llm, oracle)
+    finally:
+        llm.shutdown()
+
+
+def test_pooled_vectors_are_those_of_one_device(tmp_path: Path) -> None:
+    directory = write_model(tmp_path, "qwen2-layer-types")
+    prompts = [{"prompt_token_ids": np.random.default_rng(n).integers(601, size=n).tolist()} for n in LENGTHS]
+    vectors = {}
+    for replicas in (1, 2):
+        llm = make_llm(directory, 1, runner="pooling", data_parallel_size=replicas)
+        outputs = llm.embed(prompts, use_tqdm=False)
+        vectors[replicas] = np.array([output.outputs.embedding for output in outputs])
+        llm.shutdown()
+    # The same sums in the same order, but for the tiles of another batch.
+    np.testing.assert_allclose(vectors[2], vectors[1], atol=1e-5)
+
+
+def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
+    directory = write_model(tmp_path, "qwen2-moe", num_experts=6)
+    with pytest.raises(
+        ConfigError, match=r"'experts' of size 6 .* 4 shards of the mesh axis 'data' x 'tensor'"
+    ):
+        make_llm(directory, 2, data_parallel_size=2, enable_expert_parallel=True)
+    with pytest.raises(ConfigError, match=r"data_parallel_size=5: a mesh of data=5 .* needs 10 devices"):
+        make_llm(directory, 2, data_parallel_size=5)
+    with pytest.raises(UnsupportedError, match="record_schedule with data_parallel_size=2"):
+        make_llm(directory, 1, data_parallel_size=2, record_schedule=str(tmp_path / "schedule"))
