@@ -323,7 +323,8 @@ def _snapshot(stats: EngineStats, labels: dict[str, str]) -> Iterator[Metric]:
 
     if stats.cache_config:
         yield gauge("cache_config_info", 1, **stats.cache_config)
-    for index, of_one in enumerate(stats.replicas or [stats]):
+    each: Sequence[ReplicaStats | EngineStats] = stats.replicas or [stats]
+    for index, of_one in enumerate(each):
         engine = {"engine": str(index)} if stats.replicas else {}
         yield gauge("num_requests_running", of_one.num_requests_running, **engine)
         yield gauge("num_requests_waiting", of_one.num_requests_waiting, **engine)
