@@ -52,7 +52,9 @@ def test_partition_specs() -> None:
         "pipe", "tensor", None, None, None
     )
     assert partition_spec(()) == PartitionSpec()
-    with pytest.raises(ShardingError, match=r"w: dimension 1 has the logical axis 'depth'.*known are batch, embed"):
+    with pytest.raises(
+        ShardingError, match=r"w: dimension 1 has the logical axis 'depth'.*known are batch, embed"
+    ):
         partition_spec(("vocab", "depth"), name="w")
 
 
