@@ -204,8 +204,8 @@ class HostGroup:
                     case "failed":
                         self.fail(f"host {peer.host} failed: {header['reason']}")
                         return
-        except (OSError, HostError) as error:
-            self.fail(f"host {peer.host} is gone ({error})")
+        except Exception as error:  # Also of what is said in a way that nobody expects.
+            self.fail(f"host {peer.host} is gone ({error or type(error).__name__})")
         finally:
             peer.connection.close()
 

@@ -114,9 +114,9 @@ class HostLink:
                         self.status["received"] = number
                         number += 1
                 self._inbox.put(message)
-        except (OSError, HostError) as error:
+        except Exception as error:  # Also of what is said in a way that nobody expects.
             if not self._stopped:
-                self._leave(f"host 0 is gone ({error})")
+                self._leave(f"host 0 is gone ({error or type(error).__name__})")
 
     def _watch(self) -> None:
         while not self._stopped:

@@ -191,7 +191,8 @@ def _default(field: Any) -> Any:
 
 
 def _join(config: EngineConfig, timeout: int) -> None:
-    address = f"{config.master_addr}:{config.master_port + 1}"
+    address = f"[{config.master_addr}]" if ":" in config.master_addr else config.master_addr
+    address = f"{address}:{config.master_port + 1}"
     try:
         join_hosts(address, config.nnodes, config.node_rank, timeout=timeout)
     except ShardingError as error:
@@ -200,7 +201,8 @@ def _join(config: EngineConfig, timeout: int) -> None:
 
 def _listen(config: EngineConfig) -> socket.socket:
     try:
-        return socket.create_server((config.master_addr, config.master_port))
+        family = socket.AF_INET6 if ":" in config.master_addr else socket.AF_INET
+        return socket.create_server((config.master_addr, config.master_port), family=family)
     except OSError as error:
         raise ConfigError(
             f"Host 0 cannot listen on {config.master_addr}:{config.master_port}: {error.strerror or error}."
