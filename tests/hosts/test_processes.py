@@ -183,11 +183,13 @@ def test_a_stopped_host_is_as_dead(model: tuple[Path, Oracle], tmp_path: Path) -
 
 
 def test_four_hosts_end_with_host_0(model: tuple[Path, Oracle], tmp_path: Path) -> None:
+    """Two replicas of two shards, each device in a process of its own."""
     directory, oracle = model
     port = two_free_ports()
     params = [{"temperature": 0, "max_tokens": OUTPUT}] * len(LENGTHS)
     with Processes(tmp_path) as processes:
-        processes.start(offline(directory, 4, 1, port, params=params, forever=True))
+        settings = {"tensor_parallel_size": 2, "data_parallel_size": 2}
+        processes.start(offline(directory, 4, 1, port, params=params, settings=settings, forever=True))
         for host in (3, 1, 2):
             processes.start(other_host(host, 4, port))
         said = json.loads(processes.wait_for_line(0, "SAID ", START))
