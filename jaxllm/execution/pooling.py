@@ -10,10 +10,12 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jaxllm.execution.batch import StepShape, unpack
 from jaxllm.execution.runner import Packed, Runner
 from jaxllm.models.decoder import Decoder
+from jaxllm.request import Request
 from jaxllm.scheduling.plan import Plan, StepResult
 
 
@@ -37,7 +39,7 @@ class PoolingStepOutput(NamedTuple):
 
     Attributes:
         pooled: float32[S, D or labels]; of meaning only where the prompt is complete.
-        tokens: float32[T, D or labels], every token by itself; fetched only where somebody asks.
+        tokens: float32[T, D or labels], every token by itself; zeros unless the batch asked.
     """
 
     pooled: jax.Array
@@ -88,8 +90,14 @@ def pooling_step(
             first = features[jnp.minimum(starts, shape.num_tokens - 1)]
             vectors = carried = jnp.where(begins, first, before)
         state = PoolingState(state.carried.at[slots].set(carried))
-    output = PoolingStepOutput(decoder.pool(params, vectors), decoder.pool(params, features))
-    return kv_pages, state, output
+    pooled = decoder.pool(params, vectors)
+    # The head over every token is much work, which few ask for.
+    by_token = lax.cond(
+        batch.wants_logprobs,
+        lambda: decoder.pool(params, features),
+        lambda: jnp.zeros((features.shape[0], pooled.shape[1]), pooled.dtype),
+    )
+    return kv_pages, state, PoolingStepOutput(pooled, by_token)
 
 
 class PendingPooling:
@@ -136,6 +144,9 @@ class PoolingRunner(Runner):
         rows = (max_num_seqs + 1) * self._decoder.form.axis_size("data")
         shape = (rows, model.hidden_size if carries else 0)
         return lambda: PoolingState(jnp.zeros(shape, jnp.float32))
+
+    def _wants_more(self, request: Request) -> bool:
+        return request.pooling_params is not None and request.pooling_params.per_token
 
     def _warm_up(self) -> None:
         pass  # There are no sampling parameters to write.

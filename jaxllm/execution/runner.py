@@ -42,6 +42,7 @@ from jaxllm.execution.step import StepOutput, step
 from jaxllm.execution.token_masks import TokenMasks
 from jaxllm.models.decoder import Decoder
 from jaxllm.models.parameters import Parameters
+from jaxllm.request import Request
 from jaxllm.scheduling.plan import Plan, RequestUpdate, ScheduledRequest, StepResult, TokenLogprobs
 
 _COLUMN = {name: row for row, name in enumerate(INTEGERS)}
@@ -216,6 +217,10 @@ class Runner:
         vocab_size = self._decoder.fitted.vocab_size
         return functools.partial(SamplerState.create, max_num_seqs, vocab_size, self._replicas)
 
+    def _wants_more(self, request: Request) -> bool:
+        """Whether a request wants what a step computes only where somebody does: logprobs."""
+        return request.sampling_params.logprobs is not None
+
     def _warm_up(self) -> None:
         """Compiles what runs beside the steps."""
         self._rows = StateRows(self._state, self._decoder.fitted.vocab_size)
@@ -324,7 +329,7 @@ class Runner:
             if request.token_type_ids is not None:
                 types = request.token_type_ids[start:end]
                 batch.targets[starts[-1] : starts[-1] + num_tokens] = types
-            packed.wants_logprobs |= request.sampling_params.logprobs is not None
+            packed.wants_logprobs |= self._wants_more(request)
             packed.token_rows.append(first_token + starts[-1])
             starts.append(starts[-1] + num_tokens)
             lengths.append(end)

@@ -78,7 +78,8 @@ class SlotTable:
         params = request.sampling_params
         self._num_pages[slot] = 0
         self.integers["seeds"][slot] = np.uint32(request.seed).astype(np.int32)
-        self.integers["top_k"][slot] = max(params.top_k, 0)
+        # More than there are is all of them, however many more than an int32 holds.
+        self.integers["top_k"][slot] = min(max(params.top_k, 0), self._vocab_size)
         self.integers["penalties"][slot] = uses_penalties(params)
         bias = VocabularyBias(request, self._vocab_size)
         self.integers["bias"][slot] = bias.is_needed
