@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from jaxllm.errors import EngineDeadError, JaxLLMError
 from jaxllm.output_stream import OutputStream
 from jaxllm.outputs import RequestOutput
-from jaxllm.request import NO_TERMS, SchedulingTerms
+from jaxllm.request import NO_TERMS, Request, SchedulingTerms
 from jaxllm.sampling_params import RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ class AsyncEngine:
         self._refusal: str | None = None  # why no more commands are taken; guarded by _gate
         self._draining = False
         self.num_unfinished = 0
+        self._unfinished: dict[OutputStream, list[Request]] = {}  # guarded by _gate
         self._error: BaseException | None = None
         self._streams: dict[str, OutputStream] = {}  # of the engine's thread alone
         # Tokenizers release the interpreter lock, so that a long prompt delays nobody else.
@@ -141,12 +142,11 @@ class AsyncEngine:
         self, request_id: str, processed: ProcessedInput, output_kind: RequestOutputKind
     ) -> OutputStream:
         """Hand processed input to the engine; whoever stops reading the stream early must close it."""
-        sequences = len(processed.requests)
         stream = OutputStream(
             request_id,
             output_kind,
             abort=lambda: self.abort([request_id]),
-            when_ended=lambda: self._count(-sequences),
+            when_ended=lambda: self._forget(stream),
         )
 
         def run() -> None:
@@ -154,7 +154,9 @@ class AsyncEngine:
             self._streams[request_id] = stream
 
         self._send(_Command(run, functools.partial(self._fail_stream, stream)))
-        self._count(sequences)
+        with self._gate:
+            self._unfinished[stream] = processed.requests
+            self.num_unfinished += len(processed.requests)
         return stream
 
     async def run_in_thread(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
@@ -206,6 +208,12 @@ class AsyncEngine:
     def stats(self) -> EngineStats:
         """What the engine counted so far; read it, do not change it."""
         return self.engine.stats()
+
+    def num_queued_tokens(self) -> int:
+        """Tokens of the prompts of those sequences, unfinished, that have got no token yet."""
+        with self._gate:
+            requests = [request for group in self._unfinished.values() for request in group]
+        return sum(r.num_prompt_tokens for r in requests if r.first_token_time is None)
 
     @property
     def is_dead(self) -> bool:
@@ -271,9 +279,9 @@ class AsyncEngine:
             self._thread.join(timeout)
         self._tokenizing.shutdown(wait=False, cancel_futures=True)
 
-    def _count(self, sequences: int) -> None:
+    def _forget(self, stream: OutputStream) -> None:
         with self._gate:
-            self.num_unfinished += sequences
+            self.num_unfinished -= len(self._unfinished.pop(stream))
 
     # -- commands -----------------------------------------------------------------------------------
 

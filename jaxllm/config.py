@@ -89,6 +89,7 @@ class EngineConfig:
             hosts that are started by hand, "uni" is one host.
         distributed_timeout_seconds: how long to wait for hosts to come and to load, and for a step of theirs;
             600 unless given.
+        otlp_traces_endpoint: URL of an OpenTelemetry collector, which gets a span for every sequence.
         forbid_recompile: raise instead of compiling after warm-up.
         compilation_cache_dir: where compiled steps persist; "" turns the cache off.
     """
@@ -137,6 +138,7 @@ class EngineConfig:
     master_port: int = 29501
     distributed_executor_backend: Literal["uni", "mp", "ray"] | None = None
     distributed_timeout_seconds: int | None = None
+    otlp_traces_endpoint: str | None = None
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     data_parallel_size: int = 1

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from jaxllm.config import EngineConfig, SchedulerConfig
-from jaxllm.errors import ConfigError, EngineDeadError, InvalidRequestError
+from jaxllm.errors import EngineDeadError, InvalidRequestError
 from jaxllm.execution.build import build_runner, read_model
 from jaxllm.execution.hosts.connect import connected_hosts, execute_on_hosts
 from jaxllm.execution.hosts.group import HostGroup
@@ -34,6 +34,7 @@ from jaxllm.scheduling.recording.recorder import Recorder, TraceRecorder
 from jaxllm.scheduling.recording.schedule_recorder import ScheduleRecorder
 from jaxllm.stats import EngineStats, ReplicaStats, record_end, record_step
 from jaxllm.text.tokenizer import get_tokenizer
+from jaxllm.tracing import make_exporter, start_tracing
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +91,8 @@ class Engine:
             recorders.append(ScheduleRecorder(config.record_schedule, self.scheduler, about, start))
         if config.record_trace is not None:
             recorders.append(TraceRecorder(config.record_trace, config.block_size, start))
+        if config.otlp_traces_endpoint is not None:
+            recorders.append(start_tracing(config.otlp_traces_endpoint, config.model))
         return recorders
 
     def add_recorder(self, recorder: Recorder) -> None:
@@ -115,6 +118,8 @@ class Engine:
         for name in ("record_schedule", "record_trace"):
             if getattr(config, name) is not None:
                 check_writable(getattr(config, name), name)
+        if config.otlp_traces_endpoint is not None:
+            make_exporter(config.otlp_traces_endpoint).shutdown()
         with connected_hosts(config) as hosts:
             return cls._load(config, policy, hosts)
 
@@ -311,6 +316,8 @@ class Engine:
         """
         if level not in (1, 2):
             raise InvalidRequestError(f"level={level!r}: there are levels 1 and 2.", param="level")
+        while self._in_flight and not self.scheduler.has_unfinished():
+            self.step()  # A step that was launched before its requests were known to have ended.
         if self.has_unfinished_requests():
             raise InvalidRequestError(
                 "The engine has unfinished requests; let them end, or abort them, first."
@@ -334,19 +341,28 @@ class Engine:
         return not self.is_sleeping
 
     def start_profile(self, directory: str) -> None:
-        """Starts JAX's profiler, on this host; `stop_profile` writes a trace into the directory."""
-        jax.profiler.start_trace(directory)
+        """Starts JAX's profiler, on this host; `stop_profile` writes a trace into the directory.
+
+        Raises:
+            InvalidRequestError: a profile is under way.
+        """
+        try:
+            jax.profiler.start_trace(directory)
+        except RuntimeError as error:
+            raise InvalidRequestError(f"No profile can start ({error}); call stop_profile first.") from error
 
     def stop_profile(self) -> None:
         """Ends the profile that `start_profile` began.
 
         Raises:
-            ConfigError: none is under way.
+            InvalidRequestError: none is under way.
         """
         try:
             jax.profiler.stop_trace()
         except RuntimeError as error:
-            raise ConfigError(f"There is no profile to stop ({error}); call start_profile first.") from error
+            raise InvalidRequestError(
+                f"There is no profile to stop ({error}); call start_profile first."
+            ) from error
 
     def on_failure(self, callback: Callable[[EngineDeadError], None]) -> None:
         """Has somebody told, from any thread, when another host is gone; the next `step` raises it."""

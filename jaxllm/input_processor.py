@@ -22,6 +22,7 @@ from jaxllm.sampling_params import RequestOutputKind, SamplingParams, eos_token_
 from jaxllm.scheduling.policies import terms_of
 from jaxllm.structured_outputs import StructuredOutputsConfig
 from jaxllm.text.grammar import GrammarCompiler
+from jaxllm.text.thinking import ThinkingBudget
 
 logger = logging.getLogger(__name__)
 
@@ -130,6 +131,7 @@ class InputProcessor:
         cache_salt: str | None = None,
         final_only: bool = False,
         grammar_after: Sequence[int] = (),
+        thinking: ThinkingBudget | None = None,
     ) -> ProcessedInput:
         """Tokenize and check one user request; `params` is copied, never changed.
 
@@ -141,6 +143,7 @@ class InputProcessor:
             final_only: one output at the end, whatever `params.output_kind` says.
             grammar_after: token ids, such as those that end a model's reasoning, which must have stood in
                 the output before `structured_outputs` constrains it.
+            thinking: of each of the n outputs.
 
         Raises:
             InvalidRequestError: naming what is wrong with the prompt or a parameter.
@@ -161,8 +164,7 @@ class InputProcessor:
         room = self.max_model_len - len(token_ids)
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         arrival = time.monotonic() if arrival_time is None else arrival_time
-        constraint = params.structured_outputs
-        grammar = None if constraint is None else self.grammars.compile(constraint)
+        grammar = self.grammars.start(params.structured_outputs, thinking)
         requests = [
             Request(
                 request_id=request_id if params.n == 1 else f"{i}_{request_id}",
@@ -176,7 +178,7 @@ class InputProcessor:
                 cache_salt=own_salt if own_salt is not None else cache_salt,
                 group_id=None if params.n == 1 else request_id,
                 needs_host_tokens=params.bad_words_token_ids is not None or grammar is not None,
-                grammar=None if grammar is None else grammar.fork(grammar_after),
+                grammar=None if grammar is None else grammar.fork(grammar_after, thinking),
             )
             for i, seed in enumerate(self._draw_seeds(params))
         ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Protocol
 
@@ -113,6 +114,7 @@ class Request:
         pooling_params: of a request to a pooling model, which ends with its prompt; None where text is
             generated.
         token_type_ids: type of each prompt token; None is type 0 throughout.
+        trace_headers: headers of W3C Trace Context that came with it, where spans are recorded.
         grammar: what the output must match; it has seen the output tokens that `token_ids` holds, so that
             a preempted request goes on where it was.
         token_ids: prompt and output tokens known to the host, in order.
@@ -141,6 +143,7 @@ class Request:
     pooling_params: PoolingParams | None = None
     token_type_ids: list[int] | None = None
     grammar: OutputGrammar | None = None
+    trace_headers: Mapping[str, str] | None = None
 
     status: RequestStatus = RequestStatus.WAITING
     token_ids: list[int] = field(default_factory=list)

@@ -32,9 +32,10 @@ from jaxllm.serve.errors import (
     error_response,
     response_of,
 )
+from jaxllm.serve.json_body import JSONRoute
 from jaxllm.serve.messages import count_tokens, create_message, in_anthropic_words
 from jaxllm.serve.messages_protocol import CountTokensRequest, MessagesRequest
-from jaxllm.serve.middleware import APIKeys, Limits, RequestGate, RequestIds, path_of
+from jaxllm.serve.middleware import APIKeys, Limits, RequestGate, RequestIds, TraceContext, path_of
 from jaxllm.serve.page import add_page_routes
 from jaxllm.serve.parsing import OutputParsers
 from jaxllm.serve.protocol import (
@@ -107,6 +108,7 @@ def build_app(
         redoc_url=None if config.disable_fastapi_docs else "/redoc",
         openapi_url=None if config.disable_fastapi_docs else "/openapi.json",
     )
+    app.router.route_class = JSONRoute
     app.state.server = state
     _add_generation_routes(app, state)
     add_pooling_routes(app, state)
@@ -120,6 +122,8 @@ def build_app(
     _add_error_handlers(app)
     # The last one added is the outermost.
     app.add_middleware(RequestGate, state=state)
+    if engine.engine.config.otlp_traces_endpoint is not None:
+        app.add_middleware(TraceContext)
     if config.api_key:
         app.add_middleware(APIKeys, keys=config.api_key, also_open=page)
     app.add_middleware(

@@ -19,6 +19,7 @@ from typing import Any, Literal, NoReturn
 import yaml
 
 from jaxllm.config import DEMO_MODEL, EngineConfig
+from jaxllm.errors import ConfigError
 from jaxllm.serve.config import ServerConfig
 from jaxllm.serve.flags import GROUPS, HELP
 
@@ -69,7 +70,10 @@ def parse_arguments(argv: Sequence[str], program: str = "jaxllm serve") -> Serve
         )
     if not 0 <= values.get("port", 1) <= 65535:
         parser.error(f"argument --port: {values['port']} is no port; ports are in [0, 65535]")
-    return ServeArguments(_build(EngineConfig, values), _build(ServerConfig, values))
+    try:
+        return ServeArguments(_build(EngineConfig, values), _build(ServerConfig, values))
+    except ConfigError as error:
+        parser.error(str(error))
 
 
 class Parser(argparse.ArgumentParser):

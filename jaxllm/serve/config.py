@@ -5,6 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from jaxllm.errors import ConfigError
+
+# Limits of which a server with none, or less than none, would answer nobody.
+_POSITIVE = (
+    "max_connections",
+    "request_timeout",
+    "write_timeout",
+    "max_request_bytes",
+    "max_sequences_per_request",
+    "h11_max_incomplete_event_size",
+    "h11_max_header_count",
+)
+
 
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
@@ -47,6 +60,12 @@ class ServerConfig:
         profile_dir: directory for what the JAX profiler records between /start_profile and /stop_profile;
             without it there are no such routes.
         max_num_queued_reqs: sequences that wait or run at once; further ones get a 503 with Retry-After.
+        max_num_queued_tokens: prompt tokens that wait for their first output; once there are as many, a
+            further request gets a 503 with Retry-After. Objective of the first token, in seconds, times
+            prompt tokens that the engine computes a second, is a good value.
+        max_connections: connections at once, busy or idle; a further one gets a 503.
+        request_timeout: seconds that a client may take to send a request, its body included.
+        write_timeout: seconds that a client may read nothing of an answer that waits for it.
         max_request_bytes: bytes of a request's body.
         max_sequences_per_request: prompts times n of one request.
         h11_max_incomplete_event_size: bytes of a request's headers.
@@ -95,9 +114,20 @@ class ServerConfig:
     enable_dev_routes: bool = False
     profile_dir: str | None = None
     max_num_queued_reqs: int | None = None
+    max_num_queued_tokens: int | None = None
+    max_connections: int = 8192
+    request_timeout: float = 60.0
+    write_timeout: float = 60.0
     max_request_bytes: int = 32 * 2**20
     max_sequences_per_request: int = 16384
     h11_max_incomplete_event_size: int = 64 * 2**10
     h11_max_header_count: int = 256
     response_store_size: int = 1000
     shutdown_timeout: float = 30.0
+
+    def __post_init__(self) -> None:
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if not value > 0:
+                flag = "--" + name.replace("_", "-")
+                raise ConfigError(f"{flag} {value:g} must be above 0.", param=name)

@@ -35,6 +35,10 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "limits": (
         "max_num_queued_reqs",
+        "max_num_queued_tokens",
+        "max_connections",
+        "request_timeout",
+        "write_timeout",
         "max_request_bytes",
         "max_sequences_per_request",
         "h11_max_incomplete_event_size",
@@ -96,6 +100,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "async_scheduling",
         "record_schedule",
         "record_trace",
+        "otlp_traces_endpoint",
         "disable_log_stats",
     ),
     "parallelism": (

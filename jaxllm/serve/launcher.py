@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import resource
 import socket
 import stat
 import sys
@@ -23,6 +24,7 @@ from jaxllm.errors import ConfigError, HostError, JaxLLMError
 from jaxllm.serve.app import build_app, load_chat_template, served_names
 from jaxllm.serve.arguments import ServeArguments
 from jaxllm.serve.config import ServerConfig
+from jaxllm.serve.connections import bounded_connections
 from jaxllm.serve.logs import configure_logging
 from jaxllm.serve.parsing import OutputParsers
 from jaxllm.serve.state import ServerState
@@ -34,6 +36,9 @@ logger = logging.getLogger("jaxllm.serve")
 _LAST_WORDS = 5
 # Seconds that answers get to leave their sockets once the engine has stopped.
 _FLUSH_TIMEOUT = 5
+
+# Files that a server opens beside its connections.
+_FILES_BESIDE = 512
 
 
 def load_engine(config: EngineConfig) -> AsyncEngine:
@@ -73,6 +78,7 @@ def launch(arguments: ServeArguments, load: Callable[[EngineConfig], AsyncEngine
         listener = bind(arguments.server)
     except JaxLLMError as error:
         return _refuse(error)
+    raise_file_limit(arguments.server.max_connections)
     with contextlib.closing(listener):
         try:
             started = time.monotonic()
@@ -156,6 +162,16 @@ def _check_readable(config: ServerConfig) -> None:
             raise ConfigError(f"{flag} {path} cannot be read; give the path of a PEM file.", param=name)
 
 
+def raise_file_limit(connections: int) -> None:
+    """Let this process open a file for each of so many connections, as far as the system allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connections + _FILES_BESIDE
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def _refuse(error: JaxLLMError) -> int:
     print(f"jaxllm: {error}", file=sys.stderr)
     return 1
@@ -171,8 +187,9 @@ def make_uvicorn_config(app: FastAPI, config: ServerConfig) -> uvicorn.Config:
         ssl_certfile=config.ssl_certfile,
         ssl_ca_certs=config.ssl_ca_certs,
         ssl_cert_reqs=config.ssl_cert_reqs,
-        # Its limits on headers are the ones that the flags set.
-        http="h11",
+        # On h11, whose limits on headers are the ones that the flags set.
+        http=bounded_connections(config),
+        ws="none",
         h11_max_incomplete_event_size=config.h11_max_incomplete_event_size,
         log_config=None if config.log_format == "json" else uvicorn.config.LOGGING_CONFIG,
         root_path=config.root_path,

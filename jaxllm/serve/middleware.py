@@ -16,7 +16,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jaxllm.serve.errors import error_response
 from jaxllm.serve.logs import REQUEST_ID
-from jaxllm.serve.state import ServerState
+from jaxllm.serve.state import TRACE_HEADERS, ServerState
+from jaxllm.tracing import trace_headers_of
 
 # Routes that put the engine to work.
 WORK = frozenset(
@@ -183,3 +184,15 @@ class RequestIds:
             await send(message)
 
         await self._app(scope, receive, send_with_id if self._in_response else send)
+
+
+class TraceContext:
+    """Keeps what a request says of the trace that it is a part of, for its spans."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            TRACE_HEADERS.set(trace_headers_of(Headers(scope=scope)))
+        await self._app(scope, receive, send)

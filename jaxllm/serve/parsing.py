@@ -19,6 +19,7 @@ from jaxllm.text.parsers.message import MessageFormat
 from jaxllm.text.parsers.reasoning import REASONING_FORMATS, ReasoningFormat
 from jaxllm.text.parsers.tool_parsers import TOOL_PARSERS, ToolParser, call_list_of_any, named_call
 from jaxllm.text.parsers.tools import tools_of
+from jaxllm.text.thinking import ThinkingBudget
 
 T = TypeVar("T")
 
@@ -31,11 +32,13 @@ class Demands:
         skips_special_tokens: the text may do without them; else they stay, whatever the request says.
         form: of the text, in the place of the one that the request itself asks for; None leaves that.
         form_after: token ids behind which a form is to hold, the request's or this one; none for at once.
+        thinking: bound of the reasoning; None is none.
     """
 
     skips_special_tokens: bool = True
     form: StructuredOutputsParams | None = None
     form_after: tuple[int, ...] = ()
+    thinking: ThinkingBudget | None = None
 
 
 NO_DEMANDS = Demands()
@@ -130,8 +133,30 @@ class OutputParsers:
         thinks = reasoning is not None and (reasoning.is_harmony or reasoning.starts_inside(prompt))
         after = tuple(reasoning.answer_mark(tokenizer)) if reasoning is not None and thinks else ()
         return Demands(
-            self._marks_of(body).isdisjoint(_special_tokens(tokenizer)), self._form_of(body), after
+            self._marks_of(body).isdisjoint(_special_tokens(tokenizer)),
+            self._form_of(body),
+            after,
+            self._thinking_of(body, prompt, tokenizer),
         )
+
+    def _thinking_of(self, body: ChatCompletionRequest, prompt: str, tokenizer: Any) -> ThinkingBudget | None:
+        """The bound that a chat sets to its reasoning.
+
+        Raises:
+            InvalidRequestError: this server cannot tell where reasoning begins and ends.
+        """
+        budget, reasoning = body.thinking_token_budget, self.reasoning
+        if budget is None or budget < 0:
+            return None
+        if reasoning is None or reasoning.is_harmony:
+            why = "it has none" if reasoning is None else "openai_gptoss has no mark of its end alone"
+            raise InvalidRequestError(
+                f"Field 'thinking_token_budget' is {budget}: it needs a server with a --reasoning-parser that"
+                f" knows where reasoning begins and ends, and {why}. Leave the field out.",
+                param="thinking_token_budget",
+            )
+        start = () if reasoning.starts_inside(prompt) else reasoning.start_mark(tokenizer)
+        return ThinkingBudget(reasoning.answer_mark(tokenizer), budget, start)
 
     def _marks_of(self, body: ChatCompletionRequest) -> set[str]:
         """What the parsers of a chat look for."""

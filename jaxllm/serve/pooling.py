@@ -200,7 +200,7 @@ async def _pool(
 
     try:
         for request_id, one in zip(ids, processed, strict=True):
-            streams.append(state.engine.submit(request_id, one, RequestOutputKind.FINAL_ONLY))
+            streams.append(state.submit(request_id, one, RequestOutputKind.FINAL_ONLY))
         async with closing_on_disconnect(http.receive, close):
             outputs: Outputs = []
             for stream in streams:

@@ -28,7 +28,7 @@ _UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "function_call": (("none", "auto"), "it has become 'tool_choice'"),
     "reasoning_effort": ((), "it is for chats"),
     "include_reasoning": ((True,), "it is for chats"),
-    "thinking_token_budget": ((-1,), "reasoning is not bounded apart; bound all output by max_tokens"),
+    "thinking_token_budget": ((-1,), "it is for chats"),
     "suffix": (("",), "no model here fills in the middle of a text"),
     "use_beam_search": ((False,), "beam search is served by LLM.beam_search"),
     "length_penalty": ((1, 1.0), "it belongs to beam search, which is served by LLM.beam_search"),
@@ -293,9 +293,8 @@ class CompletionRequest(GenerationRequest):
         """See `GenerationRequest`; an echo with logprobs needs those of the prompt too."""
         params = super().to_sampling_params(defaults)
         if self.echo and self.logprobs is not None:
-            params.prompt_logprobs = max(self.logprobs, self.prompt_logprobs or 0)
-            if -1 in (self.logprobs, self.prompt_logprobs):
-                params.prompt_logprobs = -1
+            wanted = (self.logprobs, self.prompt_logprobs or 0)
+            params.prompt_logprobs = -1 if -1 in wanted else max(wanted)
         return params
 
 
@@ -320,6 +319,7 @@ class ChatCompletionRequest(GenerationRequest):
     parallel_tool_calls: bool | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     include_reasoning: bool = True
+    thinking_token_budget: Annotated[int, Field(ge=-1)] | None = None
 
     @model_validator(mode="after")
     def _check_chat(self) -> ChatCompletionRequest:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import platform
 from typing import Any
@@ -164,6 +165,11 @@ def add_dev_routes(app: FastAPI, state: ServerState) -> None:
                 "engine_config": dataclasses.asdict(engine.config),
                 "model_config": dataclasses.asdict(engine.model_config),
                 "server_config": server,
+                "state": {
+                    "asyncio_tasks": len(asyncio.all_tasks()),
+                    "requests_in_progress": state.requests_in_progress,
+                    "unfinished_sequences": state.engine.num_unfinished,
+                },
                 "system_env": {
                     "jaxllm": jaxllm.__version__,
                     "python": platform.python_version(),

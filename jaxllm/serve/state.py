@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -14,7 +15,7 @@ from jaxllm.async_engine import AsyncEngine
 from jaxllm.errors import InvalidRequestError
 from jaxllm.input_processor import ProcessedInput
 from jaxllm.output_stream import OutputStream
-from jaxllm.sampling_params import SamplingParams
+from jaxllm.sampling_params import RequestOutputKind, SamplingParams
 from jaxllm.serve.config import ServerConfig
 from jaxllm.serve.errors import NotFoundError, OverloadedError
 from jaxllm.serve.logs import REQUEST_ID
@@ -23,6 +24,9 @@ from jaxllm.serve.protocol import GenerationRequest
 from jaxllm.text.chat_template import render_chat
 
 logger = logging.getLogger(__name__)
+
+TRACE_HEADERS: ContextVar[Mapping[str, str] | None] = ContextVar("trace_headers", default=None)
+"""What the HTTP request that the running task answers said of its trace; None where none are recorded."""
 
 MAX_REQUEST_ID = 256
 
@@ -127,7 +131,8 @@ class ServerState:
 
         Raises:
             InvalidRequestError: one request may not have as many.
-            OverloadedError: together with those that are unfinished they are more than the queue takes.
+            OverloadedError: together with those that are unfinished they are more than the queue takes, or
+                too many prompt tokens wait already.
         """
         if sequences > self.config.max_sequences_per_request:
             raise InvalidRequestError(
@@ -141,6 +146,12 @@ class ServerState:
                 f"The server works on {self.engine.num_unfinished} sequences and takes {limit} at once"
                 " (--max-num-queued-reqs); try again in a moment, or on another server."
             )
+        limit = self.config.max_num_queued_tokens
+        if limit is not None and (queued := self.engine.num_queued_tokens()) >= limit:
+            raise OverloadedError(
+                f"Prompts of {queued} tokens wait for their first output, and {limit} may"
+                " (--max-num-queued-tokens); try again in a moment, or on another server."
+            )
 
     def check_token_ids(self, name: str, token_ids: Sequence[int]) -> None:
         """Refuse token ids that the model does not have."""
@@ -150,6 +161,14 @@ class ServerState:
             raise InvalidRequestError(
                 f"Field '{name}' holds {wrong}: token ids of this model are in [0, {size - 1}].", param=name
             )
+
+    def submit(
+        self, request_id: str, processed: ProcessedInput, output_kind: RequestOutputKind
+    ) -> OutputStream:
+        """Hand processed input to the engine, as a part of the trace that the HTTP request belongs to."""
+        for request in processed.requests:
+            request.trace_headers = TRACE_HEADERS.get()
+        return self.engine.submit(request_id, processed, output_kind)
 
     def public_id(self, prefix: str, body: Identified, http: HTTPRequest) -> str:
         """The id that the client sees: its own where it sent one."""
@@ -221,9 +240,7 @@ async def start_generations(
     ids = [f"{public_id}-{unique}-{i}" for i in range(len(prompts))]
     try:
         await state.engine.compile_grammar(params)
-        processed = await state.engine.run_in_thread(
-            _process_all, state, body, prompts, params, ids, demands.form_after
-        )
+        processed = await state.engine.run_in_thread(_process_all, state, body, prompts, params, ids, demands)
     except InvalidRequestError as error:
         if error.param == "structured_outputs":
             error.param = body.form_field()
@@ -236,7 +253,7 @@ async def start_generations(
     generations: list[Generation] = []
     try:
         for request_id, one in zip(ids, processed, strict=True):
-            stream = state.engine.submit(request_id, one, params.output_kind)
+            stream = state.submit(request_id, one, params.output_kind)
             generations.append(Generation(stream, one.requests[0].prompt_token_ids, one.prompt))
     except BaseException:
         close_all(generations)
@@ -271,10 +288,10 @@ def _process_all(
     prompts: Sequence[PromptInput],
     params: SamplingParams,
     request_ids: Sequence[str],
-    form_after: Sequence[int],
+    demands: Demands,
 ) -> list[ProcessedInput]:
     return [
-        _process(state, body, prompt, params, request_id, form_after)
+        _process(state, body, prompt, params, request_id, demands)
         for prompt, request_id in zip(prompts, request_ids, strict=True)
     ]
 
@@ -285,7 +302,7 @@ def _process(
     prompt: PromptInput,
     params: SamplingParams,
     request_id: str,
-    form_after: Sequence[int],
+    demands: Demands,
 ) -> ProcessedInput:
     try:
         processed = state.engine.engine.input_processor.process(
@@ -294,7 +311,8 @@ def _process(
             params,
             terms=body.scheduling_terms(),
             cache_salt=body.cache_salt,
-            grammar_after=form_after,
+            grammar_after=demands.form_after,
+            thinking=demands.thinking,
         )
     except InvalidRequestError as error:
         if error.param in ("prompt", "prompt_token_ids"):

@@ -22,6 +22,7 @@ import numpy as np
 from jaxllm.errors import InvalidRequestError
 from jaxllm.structured_outputs import StructuredOutputsConfig, StructuredOutputsParams
 from jaxllm.text.constraints import grammar_of, locate
+from jaxllm.text.thinking import ThinkingBudget
 
 COMPILE_SECONDS = 20.0
 """How long a request waits for its grammar before it is refused."""
@@ -51,54 +52,79 @@ class GrammarMatcher:
     """How far one sequence has come in its grammar. For one thread at a time.
 
     Args:
-        matcher: at the beginning.
+        matcher: at the beginning; None where only the reasoning before an answer is bounded.
         num_words: of a mask over the vocabulary of its tokenizer, 32 tokens each.
         starts_after: token ids, such as those that end a model's reasoning: until they have stood in
             the output, in a row, anything may.
+        thinking: of the reasoning before that; None is as long as it likes.
     """
 
-    __slots__ = ("_awaited", "_matcher", "_recent", "num_words")
+    __slots__ = ("_awaited", "_matcher", "_recent", "_thinking", "num_words")
 
     def __init__(
-        self, matcher: llguidance.LLMatcher, num_words: int, starts_after: Sequence[int] = ()
+        self,
+        matcher: llguidance.LLMatcher | None,
+        num_words: int,
+        starts_after: Sequence[int] = (),
+        thinking: ThinkingBudget | None = None,
     ) -> None:
         self._matcher = matcher
+        self._thinking = thinking
         self.num_words = num_words
         self._awaited = list(starts_after)
         self._recent: list[int] = []
 
     @property
     def is_active(self) -> bool:
-        """Whether the next token is constrained."""
-        return not self._awaited
+        """Whether the next token is constrained by the grammar."""
+        return self._matcher is not None and not self._awaited
+
+    @property
+    def compiled(self) -> llguidance.LLMatcher:
+        """The matcher of llguidance, which there must be."""
+        assert self._matcher is not None
+        return self._matcher
+
+    @property
+    def forced(self) -> int | None:
+        """The one token that may come next, whatever the grammar says; None where it is not so."""
+        return None if self._thinking is None else self._thinking.forced
 
     @property
     def is_complete(self) -> bool:
         """Whether the output matches and nothing but the end of the sequence can follow."""
-        return self.is_active and self._matcher.is_stopped()
+        return self._matcher is not None and not self._awaited and self._matcher.is_stopped()
 
     def accept(self, token_id: int) -> str | None:
         """Takes the next token of the output; says what is wrong where it may not follow.
 
         After an error every further token is one, too.
         """
+        if token_id < 0 and (self.is_active or self.forced is not None):
+            what = "structured_outputs" if self.forced is None else "thinking_token_budget"
+            return (
+                f"no token satisfies both {what} and the other parameters of the request "
+                "(min_tokens, allowed_token_ids, bad_words, stop_token_ids)."
+            )
+        if self._thinking is not None:
+            self._thinking.accept(token_id)
         if self._awaited:
             self._recent = [*self._recent, token_id][-len(self._awaited) :]
             if self._recent == self._awaited:
                 self._awaited = []
             return None
-        if token_id < 0:
-            return (
-                "no token satisfies both structured_outputs and the other parameters of the request "
-                "(min_tokens, allowed_token_ids, bad_words, stop_token_ids)."
-            )
-        if self._matcher.consume_token(token_id):
+        if self._matcher is None or self._matcher.consume_token(token_id):
             return None
         return f"the output cannot go on under structured_outputs: {_clean(self._matcher.get_error())}"
 
-    def fork(self, starts_after: Sequence[int] = ()) -> GrammarMatcher:
+    def fork(
+        self, starts_after: Sequence[int] = (), thinking: ThinkingBudget | None = None
+    ) -> GrammarMatcher:
         """An independent matcher at the same place in the grammar."""
-        return GrammarMatcher(self._matcher.deep_copy(), self.num_words, starts_after)
+        matcher = None if self._matcher is None else self._matcher.deep_copy()
+        return GrammarMatcher(
+            matcher, self.num_words, starts_after, None if thinking is None else thinking.copy()
+        )
 
 
 @functools.cache
@@ -117,7 +143,13 @@ def fill_masks(matchers: Sequence[tuple[GrammarMatcher, int]], masks: np.ndarray
         masks: int32[rows, words], contiguous, a bit for every token of the model; rows of sequences that
             are not constrained are left alone.
     """
-    active = [(matcher, row) for matcher, row in matchers if matcher.is_active]
+    active = []
+    for matcher, row in matchers:
+        if (token := matcher.forced) is not None:
+            masks[row] = 0
+            masks[row : row + 1].view(np.uint32)[0, token // 32] = np.uint32(1 << token % 32)
+        elif matcher.is_active:
+            active.append((matcher, row))
     if not active:
         return
     num_words = active[0][0].num_words
@@ -130,10 +162,10 @@ def fill_masks(matchers: Sequence[tuple[GrammarMatcher, int]], masks: np.ndarray
         return
     if len(active) == 1:
         matcher, row = active[0]
-        matcher._matcher.unsafe_compute_mask_ptr(masks[row].ctypes.data, num_words * masks.itemsize)
+        matcher.compiled.unsafe_compute_mask_ptr(masks[row].ctypes.data, num_words * masks.itemsize)
     else:
         _executor().unsafe_compute_mask_ptr(
-            [(matcher._matcher, row) for matcher, row in active],
+            [(matcher.compiled, row) for matcher, row in active],
             masks.ctypes.data,
             num_words * masks.itemsize,
             masks.shape[0],
@@ -200,6 +232,18 @@ class GrammarCompiler:
             return self.submit(params).result(COMPILE_SECONDS)
         except TimeoutError:
             raise took_too_long(params) from None
+
+    def start(
+        self, form: StructuredOutputsParams | None, thinking: ThinkingBudget | None
+    ) -> GrammarMatcher | None:
+        """What constrains an output, to be forked: its form, a bound on its reasoning, or both.
+
+        Raises:
+            InvalidRequestError: see `compile`.
+        """
+        if form is not None:
+            return self.compile(form)
+        return None if thinking is None else GrammarMatcher(None, 0)
 
     async def wait(self, params: StructuredOutputsParams) -> None:
         """Returns once `compile` has its answer at hand; the event loop goes on meanwhile.

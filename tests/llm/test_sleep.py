@@ -54,6 +54,11 @@ def test_memory_is_given_back_and_answers_stay(tmp_path: Path) -> None:
             assert llm.wake_up()
             assert answer() == (expected, 0)  # Nothing is taken for cached that is not there.
             assert live_bytes() <= awake
+        # A token that ends the output is known when the next step has been launched, and nobody waits for it.
+        ended = SamplingParams(temperature=0, max_tokens=8, stop_token_ids=[expected[2]], detokenize=False)
+        llm.generate([PROMPT], ended, use_tqdm=False)
+        llm.sleep()
+        assert llm.wake_up()
         llm.enqueue([PROMPT], greedy)
         with pytest.raises(InvalidRequestError, match="unfinished"):
             llm.sleep()

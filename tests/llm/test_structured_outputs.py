@@ -18,6 +18,7 @@ from jaxllm.errors import InvalidRequestError
 from jaxllm.outputs import CompletionOutput, RequestOutput
 from jaxllm.sampling_params import RequestOutputKind
 from jaxllm.scheduling.plan import Plan
+from jaxllm.text.thinking import ThinkingBudget
 from tests.json_schemas import SCHEMAS
 
 PROMPTS = ["Q: What is the capital of France?\nA:", "Once upon a time", "def add(a, b):\n", "Who are you?"]
@@ -277,6 +278,28 @@ def test_a_grammar_may_wait_for_tokens(llm: LLM) -> None:
         assert text.endswith("A:never this") and last.outputs[0].finish_reason == "stop"
     else:
         assert "never this" not in text
+
+
+def test_reasoning_is_ended_in_time_and_the_answer_follows(llm: LLM) -> None:
+    engine, tokenizer = llm.llm_engine, llm.get_tokenizer()
+    mark = tokenizer.encode(" -- so")
+    form = StructuredOutputsParams(choice=["never this"])
+    for i, (budget, constraint) in enumerate([(0, form), (7, form), (7, None)]):
+        params = SamplingParams(max_tokens=30, temperature=1, seed=5, n=2, structured_outputs=constraint)
+        processed = engine.input_processor.process(
+            f"thinks-{i}", PROMPTS[1], params, grammar_after=mark, thinking=ThinkingBudget(mark, budget)
+        )
+        engine.submit(processed.requests, processed.prompt)
+    texts = {}
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            assert output.error is None
+            texts[output.request_id] = [completion.text for completion in output.outputs]
+    assert texts["thinks-0"] == [" -- sonever this"] * 2
+    for text in texts["thinks-1"]:
+        thought, _, answer = text.partition(" -- so")
+        assert answer == "never this" and len(tokenizer.encode(thought)) <= 7 + 1
+    assert all(" -- so" in text for text in texts["thinks-2"])
 
 
 @pytest.mark.parametrize(

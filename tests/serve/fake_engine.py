@@ -131,6 +131,7 @@ class FakeEngine:
         script = self._scripts[request.request_id]
         token = script[request.num_output_tokens % len(script)]
         request.token_ids.append(token)
+        request.first_token_time = request.first_token_time or time.monotonic()
         if token in request.eos_token_ids and not params.ignore_eos:
             request.status = RequestStatus.FINISHED_STOPPED
         elif token in (params.stop_token_ids or ()):

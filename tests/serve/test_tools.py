@@ -13,6 +13,7 @@ from jaxllm.errors import ConfigError
 from jaxllm.serve.app import build_app
 from jaxllm.serve.config import ServerConfig
 from jaxllm.serve.parsing import OutputParsers, load_plugin
+from jaxllm.text.grammar import GrammarMatcher
 from jaxllm.text.parsers.tool_parsers import TOOL_PARSERS
 from tests.serve.conftest import Api, serving
 from tests.serve.fake_engine import demo_tokenizer
@@ -443,3 +444,21 @@ def test_a_plugin_that_fails_says_how(tmp_path: Path) -> None:
 def test_the_app_checks_its_parsers(api: Api) -> None:
     with pytest.raises(ConfigError):
         build_app(api.engine, ServerConfig(tool_call_parser="none such"), model_names=("fake",))
+
+
+def test_reasoning_may_be_bounded() -> None:
+    [end, *_] = demo_tokenizer().encode("</think>", add_special_tokens=False)
+    with serving(ServerConfig(reasoning_parser="qwen3")) as api:
+        api.chat(thinking_token_budget=0)
+        grammar = api.fake.submitted[-1].grammar
+        assert isinstance(grammar, GrammarMatcher) and grammar.forced == end
+        assert api.fake.submitted[-1].needs_host_tokens
+        for unbounded in (None, -1):
+            api.chat(thinking_token_budget=unbounded)
+            assert api.fake.submitted[-1].grammar is None
+        assert api.refused("/v1/chat/completions", {"messages": USER, "thinking_token_budget": -2})[
+            "param"
+        ] == ("thinking_token_budget")
+    with serving() as api:
+        error = api.refused("/v1/chat/completions", {"messages": USER, "thinking_token_budget": 5})
+        assert error["param"] == "thinking_token_budget" and "--reasoning-parser" in error["message"]

@@ -405,6 +405,9 @@ BOMBS: dict[str, dict[str, Any]] = {
     "a schema of many patterns": {
         "json": {"anyOf": [{"type": "string", "pattern": f"^(a|b)*a(a|b){{{i}}}$"} for i in range(10, 60)]}
     },
+    "forty patterns at once": {
+        "json": {"allOf": [{"pattern": f"^(a|b)*a(a|b){{{i}}}$"} for i in range(40)]},
+    },
     "references upon references": {
         "json": {
             "$defs": {
@@ -441,6 +444,38 @@ def test_bombs_are_bounded(name: str) -> None:
         if one.accept(rng.choice(tokens)) is not None or one.is_complete:
             break
     assert slowest < 0.5
+
+
+def pattern(count: int) -> dict[str, Any]:
+    """A schema that so many patterns hold for, one within the other."""
+    return {"pattern": f"^a{{0,{count}}}$", **({"allOf": [pattern(count - 1)]} if count > 1 else {})}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        pattern(13),
+        {"properties": {"a": {"items": pattern(13)}}},
+        {"allOf": [pattern(6), {"anyOf": [pattern(2), pattern(7)]}]},
+        {"allOf": [{"$ref": "#/$defs/a~1b"}, pattern(7)], "$defs": {"a/b": pattern(6)}},
+    ],
+)
+def test_patterns_that_one_string_must_match_are_counted(schema: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequestError, match="would have to match 13 patterns at once"):
+        compiler().compile(StructuredOutputsParams(json=schema))
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [
+        {"json": pattern(12)},
+        {"json": {"anyOf": [pattern(12), pattern(12)]}},
+        {"json": {"$defs": {"a": {"allOf": [{"$ref": "#/$defs/a"}]}}, "properties": {"b": {"pattern": "a"}}}},
+        {"grammar": 'start: "' + "&" * 50 + '" /a&b/ "\\"&&"'},
+    ],
+)
+def test_and_those_of_several_are_not(constraint: dict[str, Any]) -> None:
+    compiler().compile(StructuredOutputsParams(**constraint))
 
 
 def test_subschemas_are_found_where_they_stand() -> None:

@@ -46,10 +46,12 @@ class ReasoningFormat:
         """Token ids behind which the answer begins, for a grammar that is to constrain it alone."""
         if self.is_harmony:
             mark = f"{harmony.CHANNEL}final{harmony.MESSAGE}"
-        else:
-            vocabulary = tokenizer.get_vocab()
-            mark = next((end for end in self.ends if end in vocabulary), self.ends[0])
-        return list(tokenizer.encode(mark, add_special_tokens=False))
+            return list(tokenizer.encode(mark, add_special_tokens=False))
+        return _ids_of_one(self.ends, tokenizer)
+
+    def start_mark(self, tokenizer: Any) -> list[int]:
+        """Token ids behind which the reasoning begins."""
+        return _ids_of_one(self.starts, tokenizer)
 
     def parse(self, reader: Reader, *, inside: bool, with_tools: bool = False) -> Steps[None]:
         """Tell reasoning and, behind it, content. Line breaks next to the marks belong to these.
@@ -82,6 +84,13 @@ class ReasoningFormat:
                 yield from reader.accept(*self.ends)
                 yield from reader.take_while(_LINE_BREAK)
             return
+
+
+def _ids_of_one(marks: Sequence[str], tokenizer: Any) -> list[int]:
+    """Token ids of the first of several marks that is one token, or of the first of all."""
+    vocabulary = tokenizer.get_vocab()
+    mark = next((mark for mark in marks if mark in vocabulary), marks[0])
+    return list(tokenizer.encode(mark, add_special_tokens=False))
 
 
 def _think(*calls: str, begins_inside: bool = True) -> ReasoningFormat:
