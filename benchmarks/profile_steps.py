@@ -25,7 +25,7 @@ from jaxllm.scheduling.simulator import FittedCost, RecordedStep, Shape, Tiles
 
 if TYPE_CHECKING:
     from jaxllm import LLM
-    from jaxllm.execution.runner import PendingResult
+    from jaxllm.execution.pending import Pending
     from jaxllm.request import Request
     from jaxllm.scheduling import Plan, StepResult
 
@@ -45,7 +45,7 @@ class StepRecorder:
     def close(self) -> None:
         self._runner.execute = self._execute  # type: ignore[method-assign]
 
-    def _timed(self, plan: Plan) -> PendingResult:
+    def _timed(self, plan: Plan) -> Pending:
         launched = time.perf_counter()
         pending = self._execute(plan)
         num_tokens, num_seqs, _, decode_only = pending.shape

@@ -31,7 +31,10 @@ class SchedulerConfig:
         num_host_pages: pages in the host's memory for those who are preempted; 0 computes them again.
         long_prefill_token_threshold: a prompt computes at most this many tokens a step; 0 is no limit.
         reschedule_in_flight: whether a request may be scheduled again while its newest token is
-            still on the device (overlapped execution); with pipeline parallelism it may not.
+            still on the device (overlapped execution).
+        num_stages: of a pipeline. So many plans after the one that samples a request's newest token, that
+            token is on the device, and no sooner may the request be scheduled again. Until then others
+            keep the stages busy, among which the requests are shared out.
         data_parallel_size: replicas, each with its own requests, pages and limits: all that stands above
             is of one of them.
     """
@@ -47,6 +50,7 @@ class SchedulerConfig:
     long_prefill_token_threshold: int = 0
     policy: str = "fcfs"
     reschedule_in_flight: bool = True
+    num_stages: int = 1
     data_parallel_size: int = 1
 
 

@@ -15,9 +15,10 @@ from jaxllm.errors import EngineDeadError, InvalidRequestError
 from jaxllm.execution.build import build_runner, read_model
 from jaxllm.execution.hosts.connect import connected_hosts, execute_on_hosts
 from jaxllm.execution.hosts.group import HostGroup
+from jaxllm.execution.pending import Pending
 from jaxllm.execution.platform import current_platform
 from jaxllm.execution.resolve import resolve
-from jaxllm.execution.runner import PendingResult, Runner
+from jaxllm.execution.runner import Runner
 from jaxllm.input_processor import InputProcessor
 from jaxllm.inputs import PromptType
 from jaxllm.models.config import ModelConfig
@@ -68,8 +69,9 @@ class Engine:
         self._output_processor: OutputProcessor | PoolingProcessor = (
             OutputProcessor(tokenizer) if model_config.pooler is None else PoolingProcessor(model_config)
         )
-        self._in_flight: deque[tuple[Plan, PendingResult]] = deque()
-        self._max_in_flight = 2 if config.async_scheduling else 1
+        self._in_flight: deque[tuple[Plan, Pending]] = deque()
+        # One to each stage, and one that waits while the host takes in the oldest one's result.
+        self._max_in_flight = config.pipeline_parallel_size + int(config.async_scheduling)
         self._stats = EngineStats()
         self.is_sleeping = False
         self._recorders = self._start_recorders()
@@ -155,6 +157,7 @@ class Engine:
                 long_prefill_token_threshold=config.long_prefill_token_threshold,
                 policy=config.scheduling_policy,
                 reschedule_in_flight=config.async_scheduling,
+                num_stages=config.pipeline_parallel_size,
                 data_parallel_size=config.data_parallel_size,
             ),
             policy,
@@ -189,15 +192,17 @@ class Engine:
 
         A plan that samples for a request whose tokens the host must know (a grammar, bad words) is waited
         for: the next one would have to go without that request, which would get a token every second step.
+        In a pipeline the next one goes without those of the last in any case, and others keep it full.
         """
         if not self._in_flight:
             return True
         newest = self._in_flight[-1][0]
-        return len(self._in_flight) < self._max_in_flight and not any(
-            entry.samples and entry.request.needs_host_tokens for entry in newest.scheduled
+        return len(self._in_flight) < self._max_in_flight and (
+            self.config.pipeline_parallel_size > 1
+            or not any(entry.samples and entry.request.needs_host_tokens for entry in newest.scheduled)
         )
 
-    def _note_launch(self, plan: Plan, pending: PendingResult) -> None:
+    def _note_launch(self, plan: Plan, pending: Pending) -> None:
         now = time.monotonic()
         for entry in plan.scheduled:
             if entry.request.first_scheduled_time is None:

@@ -153,8 +153,6 @@ def print_layout(layout: Layout, title: str) -> None:
     if layout.fitted.num_kv_heads > layout.model.num_kv_heads:
         copies = layout.fitted.num_kv_heads // layout.model.num_kv_heads
         print(f"note         each of {layout.model.num_kv_heads} KV heads is kept {copies} times")
-    if layout.pipe > 1:
-        print("note         pipeline parallelism is planned here, and not served yet")
 
 
 def check_memory(layout: Layout, device: str) -> None:

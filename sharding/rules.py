@@ -26,6 +26,7 @@ DEFAULT_RULES: Rules = {
     "mlp": "tensor",
     "pages": "data",
     "slots": "data",
+    "stages": "pipe",
     "vocab": ("pipe", "tensor"),
 }
 

@@ -136,7 +136,6 @@ def test_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*arguments, *paths]) == 0
     printed = capsys.readouterr().out
     assert "each of 8 KV heads is kept 2 times" in printed
-    assert "not served yet" in printed
     written = json.loads((tmp_path / "out.json").read_text())
     assert written["stages"] == [[0, 18], [18, 36]]
     assert written["per_device"]["weight_bytes"] == sum(a["device_bytes"] for a in written["arrays"])
@@ -164,6 +163,13 @@ def test_what_cannot_be_is_an_error(
     model = write_config(tmp_path / "config.json", "llama-3.1-8b", **changes)
     assert main([model, *arguments]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_stages_of_unlike_layers_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = dict(CASES["qwen3-moe-mlp-in-the-middle"].config)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main([str(tmp_path), "-pp", "2"]) == 1
+    assert "pipeline_parallel_size=2: some layers of this Qwen3MoeForCausalLM have" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["opt", "gpt2", "qwen2-moe", "mixtral"])

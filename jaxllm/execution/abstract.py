@@ -14,6 +14,8 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Singl
 from jaxllm.execution.batch import StepShape
 from jaxllm.models.decoder import Decoder
 from jaxllm.models.fitting import parameter_shardings
+from jaxllm.models.pipelined_decoder import HIDDEN_AXES
+from jaxllm.models.stages import Stages
 from sharding import named_sharding, on_shards, partition_spec
 
 
@@ -29,7 +31,8 @@ def abstract_parameters(decoder: Decoder) -> dict[str, Any]:
     arrays: dict[str, Any] = {}
     for name, spec in specs.items():
         stacked = form.stack_layers and spec.num_layers is not None
-        shape = (spec.num_layers or 0, *spec.shape) if stacked else spec.shape
+        layers = Stages(spec.num_layers or 0, form.num_stages).stack
+        shape = (len(layers), *spec.shape) if stacked else spec.shape
         array = jax.ShapeDtypeStruct(shape, form.dtype, sharding=shardings.get(name))
         arrays[name] = array if stacked or spec.num_layers is None else [array] * spec.num_layers
     return arrays
@@ -44,6 +47,21 @@ def abstract_cache(decoder: Decoder, num_pages: int, page_size: int) -> jax.Shap
         row_major = Layout(tuple(range(len(spec.shape))))
         sharding = Format(row_major, sharding or SingleDeviceSharding(jax.devices()[0]))
     return jax.ShapeDtypeStruct(spec.shape, decoder.form.dtype, sharding=sharding)
+
+
+def abstract_hidden(decoder: Decoder, max_num_tokens: int) -> jax.ShapeDtypeStruct | None:
+    """What the stages of a pipeline hand to one another after each step; None where there is no pipeline.
+
+    Args:
+        max_num_tokens: of the largest step.
+    """
+    form, mesh = decoder.form, decoder.form.mesh
+    if mesh is None or form.num_stages == 1:
+        return None
+    width = decoder.config.hidden_size
+    shape = (width, max_num_tokens) if form.feature_major else (max_num_tokens, width)
+    sharding = named_sharding(mesh, HIDDEN_AXES, (form.num_stages, *shape), "the hidden states")
+    return jax.ShapeDtypeStruct((form.num_stages, *shape), form.dtype, sharding=sharding)
 
 
 def empty_cache(abstract: jax.ShapeDtypeStruct) -> jax.Array:
@@ -91,7 +109,7 @@ def lower_step(
     run: Callable[..., Any],
     decoder: Decoder,
     params: dict[str, Any],
-    kv_pages: jax.ShapeDtypeStruct,
+    kv_pages: Any,
     state: Any,
     token_masks: jax.ShapeDtypeStruct,
     shape: StepShape,
@@ -101,7 +119,11 @@ def lower_step(
     Cache and state are donated and stay as they lie; what goes to the host is whole on every device of a
     replica. Each replica runs `run` on its own part of everything, one after the other in the arrays' first
     dimension (the cache's second), and hears of the others only where they share experts.
+
+    Args:
+        kv_pages: the cache as the decoder takes it.
     """
+    stages = () if decoder.form.num_stages == 1 else (decoder.form.num_stages,)
     batch, replicas = by_replica(decoder), decoder.form.axis_size("data")
     if batch is not None and replicas > 1:
         arrays = jax.tree.map(lambda array: array.sharding.spec, (params, kv_pages, state))
@@ -112,12 +134,12 @@ def lower_step(
     # A float32 model is computed in float32: by default a GPU would take TF32, and a TPU bfloat16.
     precision = "highest" if decoder.form.dtype == jnp.float32 else "default"
     with jax.default_matmul_precision(precision):
-        stays = (kv_pages.format, shardings_of(state))
+        stays = (jax.tree.map(lambda array: array.format, kv_pages), shardings_of(state))
         return jax.jit(run, donate_argnums=(1, 2), out_shardings=(*stays, batch)).lower(
             params,
             kv_pages,
             state,
-            jax.ShapeDtypeStruct((replicas * shape.num_integers,), jnp.int32, sharding=batch),
-            jax.ShapeDtypeStruct((replicas * shape.num_floats,), jnp.float32, sharding=batch),
+            jax.ShapeDtypeStruct((*stages, replicas * shape.num_integers), jnp.int32, sharding=batch),
+            jax.ShapeDtypeStruct((*stages, replicas * shape.num_floats), jnp.float32, sharding=batch),
             token_masks,
         )

@@ -53,7 +53,10 @@ class StepShape(NamedTuple):
 
 
 class HostBatch:
-    """Views into the two arrays that travel to the device, to be filled by the host.
+    """Views into the two arrays that travel to the device, to be filled by the host. Empty at first.
+
+    Args:
+        padding_slot: that of sequences which are not there.
 
     Attributes:
         integers, floats: what travels.
@@ -61,12 +64,14 @@ class HostBatch:
             sequence, which is still on the device; a target is the token whose log-probability a
             prompt position reports, or in a pooling model the token's type.
         query_starts: int32[S + 1].
-        seq_integers: int32[len(INTEGERS), S]. page_table: int32[S, P].
+        column: for each name in INTEGERS int32[S]. page_table: int32[S, P].
         seq_floats: float32[len(FLOATS), S].
         flags: int32[3], wants logprobs, wants prompt logprobs, has token masks.
     """
 
-    def __init__(self, shape: StepShape) -> None:
+    def __init__(self, shape: StepShape, padding_slot: int) -> None:
+        self.shape = shape
+        self.padding_slot = padding_slot
         self.integers = np.zeros(shape.num_integers, np.int32)
         self.floats = np.zeros(shape.num_floats, np.float32)
         (
@@ -79,12 +84,33 @@ class HostBatch:
             self.page_table,
         ) = _split_integers(self.integers, shape)
         self.seq_floats = self.floats.reshape(len(FLOATS), shape.num_seqs)
+        self.column = dict(zip(INTEGERS, self.seq_integers, strict=True))
+        self.column["slots"][:] = padding_slot
+        self.seq_floats[:] = 1
+
+    def resized(self, shape: StepShape) -> HostBatch:
+        """The same sequences in another shape that takes them, or in this one."""
+        if shape == self.shape:
+            return self
+        other = HostBatch(shape, self.padding_slot)
+        other.flags[:] = self.flags
+        count = min(shape.num_tokens, self.shape.num_tokens)
+        for name in ("token_ids", "positions", "targets"):
+            getattr(other, name)[:count] = getattr(self, name)[:count]
+        count = min(shape.num_seqs, self.shape.num_seqs)
+        other.query_starts[: count + 1] = self.query_starts[: count + 1]
+        other.query_starts[count + 1 :] = self.query_starts[-1]
+        other.seq_integers[:, :count] = self.seq_integers[:, :count]
+        other.seq_floats[:, :count] = self.seq_floats[:, :count]
+        other.page_table[:count] = self.page_table[:count]
+        return other
 
 
 class DeviceBatch(NamedTuple):
     """The same, on the device."""
 
     tokens: TokenInputs
+    decoder_inputs: TokenInputs  # tokens, or where there are stages [stages, ...], what each works on
     sampling: SamplingInputs
     last_rows: jax.Array  # int32[S] row of each sequence's last token
     targets: jax.Array
@@ -93,12 +119,29 @@ class DeviceBatch(NamedTuple):
     has_token_masks: jax.Array
 
 
-def unpack(integers: jax.Array, floats: jax.Array, last_token: jax.Array, shape: StepShape) -> DeviceBatch:
+def unpack(
+    integers: jax.Array,
+    floats: jax.Array,
+    last_token: jax.Array,
+    shape: StepShape,
+    *,
+    has_token_types: bool = False,
+) -> DeviceBatch:
     """Inside the step: names for the parts of the two arrays, and the tokens that stayed on the device.
 
     Args:
+        integers, floats: of a batch; or of the batches of all stages, stacked, and the result is that of
+            the last stage, whose batch is complete after this step.
         last_token: int32[slots + 1] of the sampler's state.
+        has_token_types: whether the batch's targets are the tokens' types.
     """
+    if integers.ndim == 2:
+        stages = [
+            unpack(*packed, last_token, shape, has_token_types=has_token_types)
+            for packed in zip(integers, floats, strict=True)
+        ]
+        inputs = jax.tree.map(lambda *parts: jnp.stack(parts), *(batch.tokens for batch in stages))
+        return stages[-1]._replace(decoder_inputs=inputs)
     flags, token_ids, positions, targets, query_starts, columns, page_table = _split_integers(integers, shape)
     column = dict(zip(INTEGERS, columns, strict=True))
     real = dict(zip(FLOATS, floats.reshape(len(FLOATS), shape.num_seqs), strict=True))
@@ -117,6 +160,7 @@ def unpack(integers: jax.Array, floats: jax.Array, last_token: jax.Array, shape:
         page_table=page_table,
         seq_lens=column["seq_lens"],
         query_starts=query_starts,
+        token_types=targets if has_token_types else None,
     )
     sampling = SamplingInputs(
         slots=slots,
@@ -128,7 +172,7 @@ def unpack(integers: jax.Array, floats: jax.Array, last_token: jax.Array, shape:
         uses_bias=column["bias"] > 0,
         **real,
     )
-    return DeviceBatch(tokens, sampling, last_rows, targets, *(flags > 0))
+    return DeviceBatch(tokens, tokens, sampling, last_rows, targets, *(flags > 0))
 
 
 def _split_integers(integers, shape: StepShape):  # type: ignore[no-untyped-def]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from operator import itemgetter
 from pathlib import Path
 
 import jax
@@ -21,11 +20,12 @@ from jaxllm.execution.pooling import PoolingRunner
 from jaxllm.execution.runner import Runner
 from jaxllm.layers.attention import choose_backend
 from jaxllm.models.config import ModelConfig
-from jaxllm.models.decoder import Decoder, DecoderForm
+from jaxllm.models.decoder import DecoderForm
 from jaxllm.models.families import translate_config
 from jaxllm.models.fitting import shard_of, shard_specs
 from jaxllm.models.hub import read_config, resolve_model
 from jaxllm.models.loader import load_parameters
+from jaxllm.models.pipelined_decoder import make_decoder
 from jaxllm.models.pooler_fields import resolve_pooling
 from sharding import ShardingError, check_every_host_takes_part, make_mesh
 
@@ -64,7 +64,7 @@ def build_runner(
     form = DecoderForm(
         dtype=jnp.dtype(config.dtype),
         feature_major=platform.feature_major,
-        stack_layers=platform.stack_layers,
+        stack_layers=platform.stack_layers or mesh.shape["pipe"] > 1,
         attention_backend=choose_backend(
             config.attention_backend, platform.name, model.head_dim, compute_capability()
         ),
@@ -72,9 +72,14 @@ def build_runner(
         mesh=mesh if mesh.size > 1 else None,
         expert_parallel=config.enable_expert_parallel,
     )
-    decoder = Decoder(model, form)
+    decoder = make_decoder(model, form)
     specs = decoder.parameter_specs()
-    shard = shard_of(decoder.fitted, mesh.shape["tensor"], expert_parallel=config.enable_expert_parallel)
+    shard = shard_of(
+        decoder.fitted,
+        mesh.shape["tensor"],
+        form.num_stages,
+        expert_parallel=config.enable_expert_parallel,
+    )
     num_pages = num_kv_pages(config, shard, form.dtype, shard_specs(specs, mesh), list(mesh.local_devices))
     if hosts is not None:
         num_pages = min(hosts.gather("pages of the KV cache", num_pages))
@@ -120,18 +125,18 @@ def _mesh(config: EngineConfig) -> Mesh:
     Raises:
         ConfigError: there are not so many.
     """
-    data, tensor = config.data_parallel_size, config.tensor_parallel_size
+    data, pipe = config.data_parallel_size, config.pipeline_parallel_size
+    tensor = config.tensor_parallel_size
+    alone = data * pipe * tensor == 1
     try:
-        mesh = (
-            make_mesh(devices=jax.devices()[:1])
-            if data * tensor == 1
-            else make_mesh(data=data, tensor=tensor)
-        )
+        mesh = make_mesh(data, pipe, tensor, jax.devices()[:1] if alone else None)
         check_every_host_takes_part(mesh)
         return mesh
     except ShardingError as error:
-        param, size = max(("data_parallel_size", data), ("tensor_parallel_size", tensor), key=itemgetter(1))
-        raise ConfigError(f"{param}={size}: {error}.", param=param) from error
+        sizes = {"data_parallel_size": data, "pipeline_parallel_size": pipe, "tensor_parallel_size": tensor}
+        asked = {name: size for name, size in sizes.items() if size > 1 or alone}
+        message = ", ".join(f"{name}={size}" for name, size in asked.items())
+        raise ConfigError(f"{message}: {error}.", param=next(iter(asked))) from error
 
 
 def use_compilation_cache(directory: str | None) -> None:

@@ -11,8 +11,10 @@ from jax.sharding import AbstractMesh
 from jaxllm.config import EngineConfig
 from jaxllm.execution.memory import page_bytes, step_bytes
 from jaxllm.models.config import ModelConfig
-from jaxllm.models.decoder import Decoder, DecoderForm
+from jaxllm.models.decoder import DecoderForm
 from jaxllm.models.fitting import shard_of, shard_specs
+from jaxllm.models.pipelined_decoder import make_decoder
+from jaxllm.models.stages import Stages
 from sharding import DEFAULT_RULES, MESH_AXES, names_of
 
 
@@ -96,10 +98,8 @@ class Layout:
         return self.num_tokens / self.max_model_len
 
     def layers_of(self, stage: int) -> range:
-        """The layers of a pipeline stage; the first stages have one more where they do not divide."""
-        count, more = divmod(self.model.num_layers, self.pipe)
-        first = stage * count + min(stage, more)
-        return range(first, first + count + (stage < more))
+        """The layers of a pipeline stage."""
+        return Stages(self.model.num_layers, self.pipe).layers_of(stage)
 
 
 def lay_out(
@@ -113,11 +113,12 @@ def lay_out(
 
     Raises:
         ConfigError: a size does not divide by the shards it is split into; with both and the array's name.
+        UnsupportedError: the model cannot be split into stages.
     """
     dtype = jnp.dtype(config.dtype)
     data, expert_parallel = config.data_parallel_size, config.enable_expert_parallel
     mesh = AbstractMesh((data, pipe, tensor), MESH_AXES)
-    decoder = Decoder(model, DecoderForm(dtype, False, True, "xla", mesh, expert_parallel))
+    decoder = make_decoder(model, DecoderForm(dtype, False, True, "xla", mesh, expert_parallel))
     specs = decoder.parameter_specs()
     shards = shard_specs(specs, mesh)
     arrays = []

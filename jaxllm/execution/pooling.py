@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -13,7 +13,8 @@ import numpy as np
 from jax import lax
 
 from jaxllm.execution.batch import StepShape, unpack
-from jaxllm.execution.runner import Packed, Runner
+from jaxllm.execution.pending import Packed, Pending
+from jaxllm.execution.runner import Runner
 from jaxllm.models.decoder import Decoder
 from jaxllm.request import Request
 from jaxllm.scheduling.plan import Plan, StepResult
@@ -48,7 +49,7 @@ class PoolingStepOutput(NamedTuple):
 
 def pooling_step(
     params: dict[str, Any],
-    kv_pages: jax.Array,
+    kv_pages: Any,
     state: PoolingState,
     integers: jax.Array,
     floats: jax.Array,
@@ -56,7 +57,7 @@ def pooling_step(
     *,
     decoder: Decoder,
     shape: StepShape,
-) -> tuple[jax.Array, PoolingState, PoolingStepOutput]:
+) -> tuple[Any, PoolingState, PoolingStepOutput]:
     """Computes a packed batch. `kv_pages` and `state` are donated and returned updated.
 
     Args:
@@ -65,14 +66,14 @@ def pooling_step(
     """
     # No token of a prompt is ever still on the device.
     none_pending = jnp.zeros(state.carried.shape[0], jnp.int32)
-    batch = unpack(integers, floats, none_pending, shape)
-    tokens = replace(batch.tokens, token_types=batch.targets)
-    hidden, kv_pages = decoder(params, kv_pages, tokens, decode_only=shape.decode_only)
+    batch = unpack(integers, floats, none_pending, shape, has_token_types=True)
+    hidden, kv_pages = decoder(params, kv_pages, batch.decoder_inputs, decode_only=shape.decode_only)
     features = decoder.features(params, hidden)
     pooler = decoder.config.pooler
     assert pooler is not None
 
-    starts, ends, slots = tokens.query_starts[:-1], tokens.query_starts[1:], batch.sampling.slots
+    tokens, slots = batch.tokens, batch.sampling.slots
+    starts, ends = tokens.query_starts[:-1], tokens.query_starts[1:]
     if pooler.pooling == "last":
         vectors = features[batch.last_rows]
     else:
@@ -100,20 +101,12 @@ def pooling_step(
     return kv_pages, state, PoolingStepOutput(pooled, by_token)
 
 
-class PendingPooling:
-    """A step that was launched; `result` waits for the device. Attributes are those of `PendingResult`."""
+class PendingPooling(Pending):
+    """A plan of a pooling model."""
 
-    def __init__(
-        self, plan: Plan, shape: StepShape, output: Callable[[], PoolingStepOutput], packed: Packed
-    ) -> None:
-        self.shape = packed.shape_of_all(shape)
-        self._plan = plan
-        self._output = output
-        self._packed = packed
-
-    def result(self) -> StepResult:
+    def _read(self, output: PoolingStepOutput) -> StepResult:
         """The vectors of prompts that are complete, and those of tokens that somebody asked for."""
-        scheduled, output = self._plan.scheduled, self._output()
+        scheduled = self._plan.scheduled
         result = StepResult([[] for _ in scheduled], [None] * len(scheduled))
         pooled = tokens = None
         places = zip(self._packed.rows, self._packed.token_rows, strict=True)
@@ -151,5 +144,5 @@ class PoolingRunner(Runner):
     def _warm_up(self) -> None:
         pass  # There are no sampling parameters to write.
 
-    def _pending(self, plan: Plan, shape: StepShape, output: Callable[[], Any], packed: Packed) -> Any:
-        return PendingPooling(plan, shape, output, packed)
+    def _pending(self, plan: Plan, shape: StepShape, packed: Packed) -> Pending:
+        return PendingPooling(plan, shape, packed, self.advance)

@@ -28,19 +28,20 @@ def resolve(config: EngineConfig, model: ModelConfig, platform: Platform) -> Eng
 
     Raises:
         ConfigError: a value that is out of range or contradicts the model or another value.
-        UnsupportedError: pipeline parallelism, or a schedule recorded of several replicas.
+        UnsupportedError: a schedule recorded of several replicas.
     """
     for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
         _at_least_one(name, getattr(config, name))
-        if getattr(config, name) != 1 and name == "pipeline_parallel_size":
-            raise UnsupportedError(
-                f"{name}={getattr(config, name)} is not supported yet; leave it at 1. Devices share a "
-                "model by tensor_parallel_size."
-            )
     if config.data_parallel_size > 1 and config.record_schedule is not None:
         raise UnsupportedError(
             f"record_schedule with data_parallel_size={config.data_parallel_size}: what is recorded is the "
             "schedule of one replica. Leave one of them out; record_trace records the traffic of all."
+        )
+    if config.pipeline_parallel_size > model.num_layers:
+        raise ConfigError(
+            f"pipeline_parallel_size={config.pipeline_parallel_size} is more than the {model.num_layers} "
+            f"layers of {model.architecture}; pass at most that.",
+            param="pipeline_parallel_size",
         )
     if config.enable_expert_parallel and model.moe is None:
         raise ConfigError(

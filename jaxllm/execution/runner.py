@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxllm.execution.abstract import (
     abstract_cache,
+    abstract_hidden,
     abstract_parameters,
     abstract_state,
     by_replica,
@@ -19,7 +20,7 @@ from jaxllm.execution.abstract import (
     lower_step,
     shardings_of,
 )
-from jaxllm.execution.batch import FLOATS, INTEGERS, HostBatch, StepShape
+from jaxllm.execution.batch import HostBatch, StepShape
 from jaxllm.execution.buckets import step_shapes
 from jaxllm.execution.commands import (
     Command,
@@ -34,84 +35,17 @@ from jaxllm.execution.commands import (
 )
 from jaxllm.execution.compiler import StepCompiler
 from jaxllm.execution.host_pages import HostPages
-from jaxllm.execution.sampler import Logprobs, LogprobsMode, SamplerState
+from jaxllm.execution.pending import Launched, Packed, Pending, PendingResult
+from jaxllm.execution.sampler import LogprobsMode, SamplerState
 from jaxllm.execution.sleep import Sleep, check_tags
 from jaxllm.execution.slots import SlotTable
 from jaxllm.execution.state_rows import StateRows
-from jaxllm.execution.step import StepOutput, step
+from jaxllm.execution.step import step
 from jaxllm.execution.token_masks import TokenMasks
 from jaxllm.models.decoder import Decoder
 from jaxllm.models.parameters import Parameters
 from jaxllm.request import Request
-from jaxllm.scheduling.plan import Plan, RequestUpdate, ScheduledRequest, StepResult, TokenLogprobs
-
-_COLUMN = {name: row for row, name in enumerate(INTEGERS)}
-
-
-@dataclass(slots=True)
-class Packed:
-    """Where the scheduled requests of a plan stand in its step, by their place in `plan.scheduled`.
-
-    Attributes:
-        replicas: how many there are.
-        rows: of each among the sequences of all replicas.
-        token_rows: the first row of each among the tokens of all replicas.
-        prompt_rows: the same, of those that report prompt logprobs.
-        reports_prompts, wants_logprobs: whether anybody wants these, or others.
-    """
-
-    replicas: int
-    reports_prompts: bool
-    rows: list[int] = field(default_factory=list)
-    token_rows: list[int] = field(default_factory=list)
-    prompt_rows: dict[int, int] = field(default_factory=dict)
-    wants_logprobs: bool = False
-
-    def shape_of_all(self, shape: StepShape) -> StepShape:
-        """A step's shape, of all replicas together."""
-        return shape._replace(
-            num_tokens=shape.num_tokens * self.replicas, num_seqs=shape.num_seqs * self.replicas
-        )
-
-
-class PendingResult:
-    """A step that was launched; `result` waits for the device.
-
-    Attributes:
-        shape: what it was compiled for, of all replicas together.
-    """
-
-    def __init__(
-        self, plan: Plan, shape: StepShape, output: Callable[[], StepOutput], packed: Packed
-    ) -> None:
-        self.shape = packed.shape_of_all(shape)
-        self._plan = plan
-        self._output = output
-        self._packed = packed
-
-    def result(self) -> StepResult:
-        """The sampled tokens, and the log-probabilities that somebody asked for."""
-        scheduled, packed, output = self._plan.scheduled, self._packed, self._output()
-        sampled = np.asarray(output.token_ids).tolist()
-        token_ids = [
-            [sampled[row]] if entry.samples else [] for entry, row in zip(scheduled, packed.rows, strict=True)
-        ]
-        logprobs: list[list[TokenLogprobs] | None] = [None] * len(scheduled)
-        if packed.wants_logprobs:
-            of_sampled = _LogprobRows(output.logprobs)
-            for index, (entry, row) in enumerate(zip(scheduled, packed.rows, strict=True)):
-                wanted = entry.request.sampling_params.logprobs
-                if wanted is not None and entry.samples:
-                    logprobs[index] = [of_sampled.at(row, wanted)]
-        result = StepResult(token_ids, logprobs)
-        if packed.prompt_rows and output.prompt_logprobs is not None:
-            of_prompts = _LogprobRows(output.prompt_logprobs)
-            for index, first in packed.prompt_rows.items():
-                entry = scheduled[index]
-                count = min(entry.num_tokens, entry.request.num_prompt_tokens - 1 - entry.start)
-                wanted = entry.request.sampling_params.prompt_logprobs or 0
-                result.prompt_logprobs[index] = [of_prompts.at(first + i, wanted) for i in range(count)]
-        return result
+from jaxllm.scheduling.plan import Plan, RequestUpdate, ScheduledRequest
 
 
 def _reports_prompt(entry: ScheduledRequest) -> bool:
@@ -124,17 +58,13 @@ def _one_after_the_other(arrays: list[np.ndarray]) -> np.ndarray:
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
-class _LogprobRows:
-    """Log-probabilities of a batch on the host."""
+def _stacked(of_stages: list[np.ndarray]) -> np.ndarray:
+    return of_stages[0] if len(of_stages) == 1 else np.stack(of_stages)
 
-    def __init__(self, logprobs: Logprobs) -> None:
-        self.chosen, self.rank, self.top_ids, self.top = (np.asarray(x) for x in logprobs)
 
-    def at(self, row: int, wanted: int) -> TokenLogprobs:
-        k = self.top.shape[1] if wanted < 0 else wanted
-        return TokenLogprobs(
-            float(self.chosen[row]), int(self.rank[row]), self.top_ids[row, :k], self.top[row, :k]
-        )
+def _as_taken(kv_pages: Any, hidden: Any) -> Any:
+    """The cache as the decoder takes it: in a pipeline with what the stages hand to one another."""
+    return kv_pages if hidden is None else (kv_pages, hidden)
 
 
 class Runner:
@@ -142,6 +72,10 @@ class Runner:
 
     `execute` and whatever else its owner calls turn into commands, which `executor` has done by `run`:
     of this runner, and where several hosts share a model, of the runner of each.
+
+    Where the decoder is a pipeline, each stage works on a batch of its own in every step: a plan enters
+    the first stage in the step in which it is launched, and is complete with the step of the last one.
+    A step runs in the shape that takes the largest of the batches under way.
 
     Args:
         decoder: the model's graph. Steps compile from the moment there is a runner, while the weights
@@ -183,6 +117,9 @@ class Runner:
         pages_per_seq = -(-max_model_len // page_size)
         self._abstract_params = abstract_parameters(decoder)
         self._abstract_cache = abstract_cache(decoder, num_pages, page_size)
+        self._abstract_hidden = abstract_hidden(decoder, max_num_batched_tokens)
+        # What is in each stage, from the first: a plan or None. That of the last one is complete.
+        self._stages: deque[Launched | None] = deque([None] * decoder.form.num_stages)
         self.num_host_pages = num_host_pages
         self._replicas = decoder.form.axis_size("data")
         self._host_pages = (
@@ -225,14 +162,13 @@ class Runner:
         """Compiles what runs beside the steps."""
         self._rows = StateRows(self._state, self._decoder.fitted.vocab_size)
 
-    def _pending(
-        self, plan: Plan, shape: StepShape, output: Callable[[], Any], packed: Packed
-    ) -> PendingResult:
-        """What waits for a step's output."""
-        return PendingResult(plan, shape, output, packed)
+    def _pending(self, plan: Plan, shape: StepShape, packed: Packed) -> Pending:
+        """What waits for a plan's output."""
+        return PendingResult(plan, shape, packed, self.advance)
 
     def _compile(self, shape: StepShape) -> Any:
-        arrays = (self._abstract_params, self._abstract_cache, self._abstract_state)
+        cache = _as_taken(self._abstract_cache, self._abstract_hidden)
+        arrays = (self._abstract_params, cache, self._abstract_state)
         masks = self._masks.abstract(shape.num_seqs)
         lowered = lower_step(self._step(shape), self._decoder, *arrays, masks, shape)
         return lowered.compile(self._compiler_options)
@@ -244,6 +180,7 @@ class Runner:
         self._kv_pages = empty_cache(self._abstract_cache)
         if self._host_pages is not None:
             self._kv_pages = self._host_pages.warm_up(self._kv_pages)
+        self._hidden = None if self._abstract_hidden is None else empty_cache(self._abstract_hidden)
         self._state = jax.jit(self._create_state, out_shardings=shardings_of(self._abstract_state))()
         self._warm_up()
         self.compiler.wait(progress)
@@ -252,29 +189,102 @@ class Runner:
         """Begins what the next step of these requests needs, while the host does something else."""
         self._masks.begin(update.request for update in updates)
 
-    def execute(self, plan: Plan) -> PendingResult:
+    def execute(self, plan: Plan) -> Pending:
         """Launches a plan and returns without waiting for the device."""
         for request in plan.released:
-            self._slots.release(request)
+            self._release(request)
         if plan.copies_out or plan.copies_in:
+            # Later stages have yet to write to pages that the first one is done with.
+            self._empty_stages()
             self.executor.launch(CopyPages(plan.copies_out, plan.copies_in))
         parts = [() if part is None else part.scheduled for part in plan.of_replicas]
         for replica, scheduled in enumerate(parts):
+            if not self._slots.has_room_for(scheduled, replica):
+                self._empty_stages()
             for write in self._slots.admit(scheduled, replica):
                 self.executor.launch(write)
-        # All replicas run in the shape that the fullest of them needs.
+        launched = self._pack(plan, parts)
+        self._launch_step(launched)
+        return launched.pending
+
+    def advance(self) -> None:
+        """Takes what is under way on by one stage, with nothing new in the first."""
+        self._launch_step(None)
+
+    def _launch_step(self, entering: Launched | None) -> None:
+        """One step of all stages; the plan that is in the last of them is complete with it."""
+        stages = self._stages
+        stages.pop()
+        stages.appendleft(entering)
+        under_way = [launched for launched in stages if launched is not None]
+        if not under_way:
+            return
+        shape = under_way[0].shape
+        if any(launched.shape != shape for launched in under_way):
+            shape = self.compiler.choose(
+                max(launched.num_tokens for launched in under_way),
+                max(launched.num_seqs for launched in under_way),
+                all(launched.decode_only for launched in under_way),
+            )
+        batches = [
+            [HostBatch(shape, self._slots.padding_slot)]
+            if launched is None
+            else [batch.resized(shape) for batch in launched.batches]
+            for launched in stages
+        ]
+        integers = [_one_after_the_other([batch.integers for batch in of_stage]) for of_stage in batches]
+        floats = [_one_after_the_other([batch.floats for batch in of_stage]) for of_stage in batches]
+        leaving = stages[-1]
+        masks = None if leaving is None else leaving.masks
+        if masks is not None and leaving is not None and leaving.shape != shape:
+            masks = self._masks.resized(masks, shape.num_seqs)
+        output = self.executor.launch(RunStep(shape, _stacked(integers), _stacked(floats), masks))
+        if leaving is not None:
+            leaving.pending.output = output
+            self._slots.free(leaving.slots)
+
+    def _empty_stages(self) -> None:
+        """Takes everything that is under way through the last stage."""
+        while any(launched is not None for launched in list(self._stages)[:-1]):
+            self.advance()
+
+    def _release(self, request: Request) -> None:
+        """Frees the slot of a request that stopped running: now, or once a token still wanted was sampled.
+
+        What other batches under way would write to the slot, they write to that of padding.
+        """
+        slot = self._slots.release(request)
+        if slot is None:
+            return
+        freed_by: list[int] | None = None
+        for launched in list(self._stages)[:-1]:
+            for row, entry in enumerate(launched.plan.scheduled if launched is not None else ()):
+                if launched is None or entry.request is not request:
+                    continue
+                if entry.samples and not request.status.is_finished:
+                    freed_by = launched.slots
+                else:
+                    [batch] = launched.batches  # Stages have no replicas.
+                    batch.column["samples"][row] = False
+                    batch.column["slots"][row] = self._slots.padding_slot
+        if freed_by is None:
+            self._slots.free([slot])
+        else:
+            freed_by.append(slot)
+
+    def _pack(self, plan: Plan, parts: Sequence[Sequence[ScheduledRequest]]) -> Launched:
+        """A plan as arrays, for each replica its part; all in the shape that the fullest of them needs."""
         num_tokens = max(0 if part is None else part.num_tokens for part in plan.of_replicas)
+        num_seqs = max(map(len, parts))
         packed = Packed(self._replicas, any(map(_reports_prompt, plan.scheduled)))
         decode_only = plan.num_tokens == len(plan.scheduled) and not packed.reports_prompts
-        shape = self.compiler.choose(num_tokens, max(map(len, parts)), decode_only)
-        batches = [self._pack(scheduled, shape, packed, replica) for replica, scheduled in enumerate(parts)]
+        shape = self.compiler.choose(num_tokens, num_seqs, decode_only)
+        batches = [self._fill(scheduled, shape, packed, replica) for replica, scheduled in enumerate(parts)]
         masks = self._masks.of(plan.scheduled, packed.rows, shape.num_seqs)
         for batch in batches:
             batch.flags[:] = packed.wants_logprobs, packed.reports_prompts, masks is not None
-        integers = _one_after_the_other([batch.integers for batch in batches])
-        floats = _one_after_the_other([batch.floats for batch in batches])
-        output = self.executor.launch(RunStep(shape, integers, floats, masks))
-        return self._pending(plan, shape, output, packed)
+        pending = self._pending(plan, shape, packed)
+        return Launched(plan, shape, batches, num_tokens, num_seqs, decode_only, masks, pending)
 
     def run(self, command: Command) -> Any:
         """Does a command on the devices of this process, without waiting for them.
@@ -286,8 +296,9 @@ class Runner:
             case RunStep(shape, integers, floats, masks):
                 run = self.compiler.executable(shape)
                 allowed = self._masks.unused(shape.num_seqs) if masks is None else masks
-                arrays = (self._params, self._kv_pages, self._state)
-                self._kv_pages, self._state, output = run(*arrays, integers, floats, allowed)
+                cache = _as_taken(self._kv_pages, self._hidden)
+                cache, self._state, output = run(self._params, cache, self._state, integers, floats, allowed)
+                self._kv_pages, self._hidden = (cache, None) if self._hidden is None else cache
                 return output
             case WriteCounts() | WriteBias():
                 self._state = self._rows.write(self._state, command)
@@ -305,11 +316,11 @@ class Runner:
                 return self._sleep is None
         return None
 
-    def _pack(
+    def _fill(
         self, scheduled: Sequence[ScheduledRequest], shape: StepShape, packed: Packed, replica: int
     ) -> HostBatch:
         """What a replica has to do as arrays; notes where everything stands."""
-        batch = HostBatch(shape)
+        batch = HostBatch(shape, self._slots.padding_slot)
         count = len(scheduled)
         rows, first_token = self._slots.of(scheduled), replica * shape.num_tokens
         starts, tokens = [0], []
@@ -346,16 +357,14 @@ class Runner:
         batch.positions[:total] = np.arange(total) + np.repeat(
             first_positions - batch.query_starts[:count], query_lens
         )
-        columns, slots_per_replica = batch.seq_integers, self._slots.rows_per_replica
-        columns[_COLUMN["slots"], count:] = slots_per_replica - 1
-        columns[_COLUMN["seq_lens"], :count] = lengths
-        columns[_COLUMN["rope_lengths"], :count] = rope_lengths
-        columns[_COLUMN["slots"], :count] = np.asarray(rows, np.int32) - replica * slots_per_replica
-        columns[_COLUMN["samples"], :count] = samples
-        columns[_COLUMN["positions"], :count] = drawn
+        column = batch.column
+        column["seq_lens"][:count] = lengths
+        column["rope_lengths"][:count] = rope_lengths
+        column["slots"][:count] = np.asarray(rows, np.int32) - replica * self._slots.rows_per_replica
+        column["samples"][:count] = samples
+        column["positions"][:count] = drawn
         for name in ("seeds", "top_k", "penalties", "bias"):
-            columns[_COLUMN[name], :count] = self._slots.integers[name][rows]
-        batch.seq_floats[:, count:] = np.ones((len(FLOATS), 1), np.float32)
+            column[name][:count] = self._slots.integers[name][rows]
         batch.seq_floats[:, :count] = self._slots.floats[:, rows]
         batch.page_table[:count] = self._slots.page_table[rows]
         return batch

@@ -23,6 +23,7 @@ class SlotTable:
 
     Attributes:
         rows_per_replica: slots of a replica, and one more.
+        padding_slot: of a replica, which stands for no sequence.
         page_table: int32[rows, pages_per_seq].
         integers: per name int32[rows].
         floats: float32[len(FLOATS), rows].
@@ -30,6 +31,7 @@ class SlotTable:
 
     def __init__(self, num_slots: int, pages_per_seq: int, vocab_size: int, replicas: int = 1) -> None:
         self.rows_per_replica = num_slots + 1
+        self.padding_slot = num_slots
         rows = self.rows_per_replica * replicas
         self.page_table = np.zeros((rows, pages_per_seq), np.int32)
         self.integers = {name: np.zeros(rows, np.int32) for name in ("seeds", "top_k", "penalties", "bias")}
@@ -47,12 +49,19 @@ class SlotTable:
         """The row of each scheduled request, counted through all replicas."""
         return [self._slot_of[entry.request] for entry in scheduled]
 
-    def release(self, request: Request) -> None:
-        """Frees the slot of a request that stopped running; one without a slot is ignored."""
-        slot = self._slot_of.pop(request, None)
-        if slot is not None:
-            self._bias_of.pop(request, None)
+    def release(self, request: Request) -> int | None:
+        """The slot of a request that stopped running, which is no longer its own, to be freed; or None."""
+        self._bias_of.pop(request, None)
+        return self._slot_of.pop(request, None)
+
+    def free(self, slots: Sequence[int]) -> None:
+        """Makes slots that were released ready for others."""
+        for slot in slots:
             self._free[slot // self.rows_per_replica].append(slot)
+
+    def has_room_for(self, scheduled: Sequence[ScheduledRequest], replica: int = 0) -> bool:
+        """Whether there is a free slot for each newcomer."""
+        return sum(entry.request not in self._slot_of for entry in scheduled) <= len(self._free[replica])
 
     def admit(self, scheduled: Sequence[ScheduledRequest], replica: int = 0) -> list[WriteCounts | WriteBias]:
         """Gives newcomers a slot and notes new pages; the rows that the device has to write then."""

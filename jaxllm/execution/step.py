@@ -39,7 +39,7 @@ class StepOutput(NamedTuple):
 
 def step(
     params: dict[str, Any],
-    kv_pages: jax.Array,
+    kv_pages: Any,
     state: SamplerState,
     integers: jax.Array,
     floats: jax.Array,
@@ -49,16 +49,20 @@ def step(
     shape: StepShape,
     num_logprobs: int,
     logprobs_mode: LogprobsMode,
-) -> tuple[jax.Array, SamplerState, StepOutput]:
+) -> tuple[Any, SamplerState, StepOutput]:
     """Computes a packed batch. `kv_pages` and `state` are donated and returned updated.
 
+    In a pipeline every stage computes a batch of its own, and the output is of that in the last stage.
+
     Args:
-        integers: int32[shape.num_integers], floats: float32[shape.num_floats]; see `HostBatch`.
+        kv_pages: the cache as the decoder takes it.
+        integers: int32[shape.num_integers], floats: float32[shape.num_floats]; see `HostBatch`. In a
+            pipeline [stages, ...], of the batch in each stage.
         token_masks: int32[S, ceil(V / 32)]; see `TokenMasks`.
         num_logprobs: most probable tokens reported per position.
     """
     batch = unpack(integers, floats, state.last_token, shape)
-    hidden, kv_pages = decoder(params, kv_pages, batch.tokens, decode_only=shape.decode_only)
+    hidden, kv_pages = decoder(params, kv_pages, batch.decoder_inputs, decode_only=shape.decode_only)
     token_ids, logprobs, state = sample(
         decoder.logits(params, hidden, batch.last_rows),
         batch.sampling,

@@ -92,6 +92,16 @@ class TokenMasks:
             )
         return self._unused[num_seqs]
 
+    @staticmethod
+    def resized(masks: np.ndarray, num_seqs: int) -> np.ndarray:
+        """Masks of `of` for as many rows as a step has; what was not there before is padding."""
+        if len(masks) == num_seqs:
+            return masks
+        count = min(len(masks), num_seqs)
+        resized = np.full((num_seqs, masks.shape[1]), -1, np.int32)
+        resized[:count] = masks[:count]
+        return resized
+
     def _fill(self, requests: Sequence[Request]) -> dict[Request, np.ndarray]:
         masks = np.full((len(requests), self._num_known_words), -1, np.int32)
         fill_masks([(cast(GrammarMatcher, r.grammar), row) for row, r in enumerate(requests)], masks)

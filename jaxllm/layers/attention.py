@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
 from jaxllm.errors import ConfigError
 from jaxllm.layers.linear import Linear
@@ -40,6 +42,14 @@ class AttentionInputs:
     query_starts: jax.Array
     rotation: tuple[jax.Array, jax.Array] | None
     span_ends: jax.Array | None = None
+
+
+@dataclass(frozen=True)
+class OneOfWindows:
+    """A layer's window among those that a model has, where it is only known on the device which one."""
+
+    index: jax.Array
+    windows: tuple[int | None, ...]
 
 
 def choose_backend(
@@ -170,7 +180,7 @@ class Attention(nnx.Module):
         layer: jax.Array | int,
         inputs: AttentionInputs,
         *,
-        window: int | None,
+        window: int | OneOfWindows | None,
         decode_only: bool,
     ) -> tuple[jax.Array, jax.Array]:
         """x: [T, D] or [D, T]; returns the same shape, and the cache with this layer's new entries."""
@@ -187,20 +197,28 @@ class Attention(nnx.Module):
             q, k, v = (jnp.moveaxis(heads, -1, 0) for heads in (q, k, v))
         # However the cache is held (`cache_rows`), the op is given a view of heads.
         pages = kv_pages.reshape(*kv_pages.shape[:3], 2 * k.shape[1], k.shape[2])
-        out, pages = ragged_paged_attention(
-            q.reshape(q.shape[0], -1, q.shape[-1]),
-            k,
-            v,
-            pages,
-            layer,
-            inputs.page_table,
-            inputs.seq_lens,
-            inputs.query_starts,
-            scale=self.scale,
-            window=window,
-            span_ends=inputs.span_ends,
-            decode_only=decode_only,
-            backend=self.backend,
-        )
+
+        def attend(window: int | None, pages: jax.Array) -> tuple[jax.Array, ...]:
+            return ragged_paged_attention(
+                q.reshape(q.shape[0], -1, q.shape[-1]),
+                k,
+                v,
+                pages,
+                layer,
+                inputs.page_table,
+                inputs.seq_lens,
+                inputs.query_starts,
+                scale=self.scale,
+                window=window,
+                span_ends=inputs.span_ends,
+                decode_only=decode_only,
+                backend=self.backend,
+            )
+
+        if isinstance(window, OneOfWindows):
+            kinds = [functools.partial(attend, one) for one in window.windows]
+            out, pages = lax.switch(window.index, kinds, pages)
+        else:
+            out, pages = attend(window, pages)
         out = out.reshape(out.shape[0], -1)
         return self.output(out.T if self.feature_major else out), pages.reshape(kv_pages.shape)

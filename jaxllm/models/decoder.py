@@ -14,7 +14,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from jaxllm.layers.attention import Attention, AttentionInputs
+from jaxllm.layers.attention import Attention, AttentionInputs, OneOfWindows
 from jaxllm.layers.embedding import Embedding
 from jaxllm.layers.linear import Linear, OneOfLayers, OneOfStack
 from jaxllm.layers.mlp import MLP
@@ -61,6 +61,11 @@ class DecoderForm:
     def axis_size(self, mesh_axis: str) -> int:
         """The size of a mesh axis."""
         return 1 if self.mesh is None else self.mesh.shape[mesh_axis]
+
+    @property
+    def num_stages(self) -> int:
+        """Of the pipeline that the layers form; 1 is none."""
+        return self.axis_size("pipe")
 
 
 @jax.tree_util.register_dataclass
@@ -118,7 +123,7 @@ class DecoderLayer(nnx.Module):
         layer: jax.Array | int,
         inputs: AttentionInputs,
         *,
-        window: int | None,
+        window: int | OneOfWindows | None,
         decode_only: bool,
     ) -> tuple[jax.Array, jax.Array]:
         attend = functools.partial(self.attention, window=window, decode_only=decode_only)
@@ -252,7 +257,7 @@ class Decoder:
         return forward(params, kv_pages, inputs)
 
     def _on_every_device(
-        self, function: Callable[..., Any], in_specs: tuple[PartitionSpec, ...], out_specs: Any
+        self, function: Callable[..., Any], in_specs: tuple[Any, ...], out_specs: Any
     ) -> Callable[..., Any]:
         """function(params, ...) of global arrays, run on each device's shards."""
         assert self.form.mesh is not None
@@ -267,19 +272,22 @@ class Decoder:
         self, params: dict[str, Any], kv_pages: jax.Array, inputs: TokenInputs, *, decode_only: bool
     ) -> tuple[jax.Array, jax.Array]:
         trunk = self._trunk_of(params)
+        attention_inputs = self._attention_inputs(inputs, decode_only)
+        x = trunk.embed_tokens(inputs.token_ids, inputs.positions, inputs.token_types)
+        run = self._scan_layers if self.form.stack_layers else self._loop_over_layers
+        for group in self._groups:
+            x, kv_pages = run(group, params, x, kv_pages, attention_inputs, decode_only)
+        return x, kv_pages
+
+    def _attention_inputs(self, inputs: TokenInputs, decode_only: bool) -> AttentionInputs:
         rope = self.config.rope
-        attention_inputs = AttentionInputs(
+        return AttentionInputs(
             inputs.page_table,
             inputs.seq_lens,
             inputs.query_starts,
             None if rope is None else rotation_table(rope, inputs.positions, inputs.rope_lengths),
             self._span_ends(inputs) if self.config.bidirectional and not decode_only else None,
         )
-        x = trunk.embed_tokens(inputs.token_ids, inputs.positions, inputs.token_types)
-        run = self._scan_layers if self.form.stack_layers else self._loop_over_layers
-        for group in self._groups:
-            x, kv_pages = run(group, params, x, kv_pages, attention_inputs, decode_only)
-        return x, kv_pages
 
     def logits(self, params: dict[str, Any], hidden: jax.Array, rows: jax.Array) -> jax.Array:
         """float32[rows, vocabulary] for the tokens at `rows` int32[rows] of the hidden states.
@@ -392,7 +400,7 @@ class Decoder:
         parts = {}
         for name, _ in self._layers[group.has_experts][1]:
             whole, start = params[f"layers.{name}"], self._layers_with[name].index(group.first)
-            is_part = group.count < len(self._layers_with[name])
+            is_part = group.count < len(whole)
             parts[name] = whole[start : start + group.count] if is_part else whole
         return parts
 

@@ -1,7 +1,8 @@
-"""A model's heads and vocabulary in numbers that shards can share, and its stored weights laid out so.
+"""A model in numbers that shards can share (heads, vocabulary, layers), and its stored weights laid out so.
 
 Shards that outnumber the KV heads keep a copy of a head each, with their part of its queries. A
-vocabulary that does not divide grows by rows of zeros, whose logits the decoder sets to -inf.
+vocabulary that does not divide grows by rows of zeros, whose logits the decoder sets to -inf. Layers
+that do not divide by the stages of a pipeline leave a place empty in some (`jaxllm.models.stages`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jaxllm.errors import ConfigError
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.parameters import ParameterSpec, Region, WeightSource
+from jaxllm.models.stages import Stages
 from sharding import ShardingError, named_sharding
 
 # The sampler looks at logits in chunks of so many; a shard of the vocabulary is made of whole ones.
@@ -25,7 +27,7 @@ VOCABULARY_CHUNK = 256
 
 
 def fit_to_shards(config: ModelConfig, tensor: int, pipe: int = 1) -> ModelConfig:
-    """The model with as many KV heads and as large a vocabulary as a mesh can split.
+    """The model with as many KV heads, as large a vocabulary and as many layers as a mesh can split.
 
     KV heads are copied as few times as makes their number divide; where the query heads do not allow
     it they stay as they are, for `sharding.named_sharding` to refuse by name.
@@ -39,7 +41,12 @@ def fit_to_shards(config: ModelConfig, tensor: int, pipe: int = 1) -> ModelConfi
     if config.num_heads % kv_heads:
         kv_heads = config.num_kv_heads
     multiple = VOCABULARY_CHUNK * tensor * pipe
-    return replace(config, num_kv_heads=kv_heads, vocab_size=-(-config.vocab_size // multiple) * multiple)
+    return replace(
+        config,
+        num_kv_heads=kv_heads,
+        vocab_size=-(-config.vocab_size // multiple) * multiple,
+        num_layers=Stages(config.num_layers, pipe).places * pipe,
+    )
 
 
 def shard_of(
@@ -53,7 +60,7 @@ def shard_of(
         fitted,
         vocab_size=fitted.vocab_size // (tensor * pipe),
         intermediate_size=fitted.intermediate_size // tensor,
-        num_layers=-(-fitted.num_layers // pipe),
+        num_layers=fitted.num_layers // pipe,
         num_heads=fitted.num_heads // tensor,
         num_kv_heads=fitted.num_kv_heads // tensor,
         moe=None
@@ -76,7 +83,7 @@ def shard_specs(specs: Mapping[str, ParameterSpec], mesh: Mesh | AbstractMesh) -
     for name, sharding in parameter_shardings(specs, mesh, stack_layers=False).items():
         spec = specs[name]
         shape = sharding.shard_shape(spec.shape)
-        layers = None if spec.num_layers is None else -(-spec.num_layers // mesh.shape["pipe"])
+        layers = None if spec.num_layers is None else Stages(spec.num_layers, mesh.shape["pipe"]).places
         shards[name] = ParameterSpec(shape, spec.axes, layers)
     return shards
 
@@ -90,11 +97,12 @@ def parameter_shardings(
         ConfigError: a size does not divide by the shards it is split into; with both and the array's name.
     """
     shardings = {}
-    # The shortest axes first: where heads do not divide, the message is to count heads and not their features.
+    # The shortest axes first: where heads do not divide, the message is to count heads, not their features.
     for name, spec in sorted(specs.items(), key=lambda item: _shortest_axis(item[1])):
         axes, shape = spec.axes, spec.shape
         if stack_layers and spec.num_layers is not None:
-            axes, shape = ("layers", *axes), (spec.num_layers, *shape)
+            stack = Stages(spec.num_layers, mesh.shape["pipe"]).stack
+            axes, shape = ("layers", *axes), (len(stack), *shape)
         try:
             shardings[name] = named_sharding(mesh, axes, shape, name)
         except ShardingError as error:

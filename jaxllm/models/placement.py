@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from jaxllm.models.parameters import ParameterSpec, Region, WeightSource
+from jaxllm.models.stages import Stages
 
 # Transfers under way at once: enough to overlap reading with copying, few enough to bound memory.
 _TRANSFERS = 2
@@ -46,19 +47,24 @@ class Placer:
 
     def place_stacked(self, name: str, spec: ParameterSpec, sharding: NamedSharding) -> jax.Array:
         """All layers of a parameter as one array [layers, ...], filled a layer at a time in place."""
-        shape = (spec.num_layers or 0, *spec.shape)
+        layers = Stages(spec.num_layers or 0, sharding.mesh.shape["pipe"]).stack
+        shape = (len(layers), *spec.shape)
         regions = dict(regions_by_device(sharding, shape))
         stacks = {device: _Stack(device, region, self._dtype) for device, region in regions.items()}
-        for layer in range(shape[0]):
+        for place, layer in enumerate(layers):
             parts: dict[Region, np.ndarray] = {}
             for device, ((first, last), *rest) in regions.items():
-                if first <= layer < last:
-                    stack = stacks[device]
-                    if stack.on_host is not None:
-                        self._source.read(name, layer, tuple(rest), stack.on_host[layer - first])
-                    else:
+                if not first <= place < last:
+                    continue
+                stack = stacks[device]
+                if stack.on_host is None:
+                    if layer is not None:
                         part = self._put(self._read(name, layer, tuple(rest), parts), device)
-                        stack.set_layer(part, layer - first)
+                        stack.set_layer(part, place - first)
+                elif layer is not None:
+                    self._source.read(name, layer, tuple(rest), stack.on_host[place - first])
+                else:
+                    stack.on_host[place - first] = 0
             self._report(math.prod(spec.shape) * self._dtype.itemsize)
         arrays = [stack.finish() for stack in stacks.values()]
         return jax.make_array_from_single_device_arrays(shape, sharding, arrays)

@@ -19,7 +19,7 @@ def check_config(config: SchedulerConfig) -> None:
     Raises:
         ConfigError: naming the one that cannot.
     """
-    for name in ("max_num_seqs", "max_num_batched_tokens", "page_size"):
+    for name in ("max_num_seqs", "max_num_batched_tokens", "page_size", "num_stages"):
         value = getattr(config, name)
         if value < 1:
             raise ConfigError(f"{name} is {value}; it must be at least 1.", param=name)

@@ -11,6 +11,7 @@ class Draft:
 
     Attributes:
         num_tokens_left: what is left of the token budget.
+        num_seats_left: of how many more sequences it may sample the next token.
         scheduled: the plan's rows so far.
         sequences: the sequence of each row.
         computing: digests of the known pages that this plan computes, whole or in part.
@@ -25,14 +26,16 @@ class Draft:
         "declined",
         "follows_policy",
         "num_reserved_pages",
+        "num_seats_left",
         "num_tokens_left",
         "preempted",
         "scheduled",
         "sequences",
     )
 
-    def __init__(self, num_tokens: int) -> None:
+    def __init__(self, num_tokens: int, num_seats: int) -> None:
         self.num_tokens_left = num_tokens
+        self.num_seats_left = num_seats
         self.scheduled: list[ScheduledRequest] = []
         self.sequences: list[ScheduledSequence] = []
         self.computing: set[bytes] = set()

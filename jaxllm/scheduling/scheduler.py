@@ -224,7 +224,7 @@ class Scheduler:
         if self._policy.dynamic_ranks or self._policy.stale:
             self._renew_ranks()
         num_tokens = self.config.max_num_batched_tokens
-        step = Draft(num_tokens)
+        step = Draft(num_tokens, self.config.max_num_seqs)
         for view in self._policy.preempt(self._view_step()):
             self._preempt(self._sequences[view.request_id])
         split = self._policy.split_budget(self._view_step())
@@ -282,17 +282,43 @@ class Scheduler:
     def _view_waiting(self) -> Sequence[RequestView]:
         return tuple(sequence.view for sequence in self._waiting)
 
+    def _share_out(self, step: Draft, num_admissible: int) -> None:
+        """Let a plan sample for its part of the sequences only, so that every stage of a pipeline has some.
+
+        Within `num_stages` plans every sequence gets its turn: each of them takes an equal part of all, or
+        all that are ready. Where stages are empty, those that are ready are shared out to them.
+
+        Args:
+            num_admissible: waiting sequences that count, beside those that run.
+        """
+        num_stages = self.config.num_stages
+        if num_stages == 1:
+            return
+        num_ready = num_admissible + sum(
+            sequence.num_tokens_to_compute(self._next_step_id) > 0 for sequence in self._running
+        )
+        oldest = self._next_step_id - num_stages
+        num_busy = sum(plan.step_id > oldest for plan, _ in self._in_flight)
+        fair = ceil_div(len(self._running) + num_admissible, num_stages)
+        num_sampling = sum(entry.samples for entry in step.scheduled)
+        # Those that this plan has taken already are ready no more.
+        seats = min(fair, ceil_div(num_ready + num_sampling, num_stages - num_busy))
+        step.num_seats_left = max(seats - num_sampling, 0)
+
     def _schedule_running(self, step: Draft, limit: int) -> None:
         """Give running sequences up to `limit` tokens of the step."""
+        self._share_out(step, 0)
         running = self._running
         index = 0
         while index < len(running) and step.num_tokens_left > 0 and limit > 0:
             sequence = running[index]
-            num_tokens = sequence.num_tokens_to_compute()
+            num_left = num_tokens = sequence.num_tokens_to_compute(self._next_step_id)
             if num_tokens > 1:
                 # A long prompt leaves a token for everybody behind it.
                 available = min(limit, step.num_tokens_left) - (len(running) - 1 - index)
                 num_tokens = self._chunk(num_tokens, max(available, 1))
+            if num_tokens == num_left and not step.num_seats_left:
+                num_tokens = 0
             num_tokens = self._ask_chunk(step, sequence, num_tokens)
             if num_tokens == 0:
                 index += 1
@@ -323,6 +349,7 @@ class Scheduler:
 
     def _schedule_waiting(self, step: Draft, limit: int) -> None:
         """Start waiting sequences with up to `limit` tokens of the step."""
+        self._share_out(step, min(len(self._waiting), self.config.max_num_seqs - len(self._running)))
         held: list[ScheduledSequence] = []
         # A sequence that is held back keeps its seat; nobody overtakes one that lacks tokens or pages.
         while (
@@ -346,8 +373,10 @@ class Scheduler:
                 held.append(sequence)
                 continue
             num_there = max(len(pages) * self._page_size, sequence.num_kept_tokens)
-            num_tokens = sequence.num_tokens_to_compute() - num_there
-            num_tokens = self._chunk(num_tokens, min(limit, step.num_tokens_left))
+            num_left = sequence.num_tokens_to_compute(self._next_step_id) - num_there
+            num_tokens = self._chunk(num_left, min(limit, step.num_tokens_left))
+            if num_tokens == num_left and not step.num_seats_left:
+                num_tokens = 0
             if num_tokens == 0 or not self._fits(sequence.request, pages, step.num_reserved_pages):
                 held.append(sequence)
                 break
@@ -421,6 +450,8 @@ class Scheduler:
         request.num_computed_tokens = end
         if samples:
             request.num_pending_tokens += 1
+            step.num_seats_left -= 1
+            sequence.ready_at = self._next_step_id + self.config.num_stages
         else:
             step.num_reserved_pages += ceil_div(num_existing, self._page_size) - len(request.pages)
         step.num_tokens_left -= num_tokens

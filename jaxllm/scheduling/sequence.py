@@ -57,6 +57,7 @@ class ScheduledSequence:
             last found more pages than `num_held_pages`.
         host_pages: pages of the host's memory that keep what it had computed while it waits again.
         num_kept_tokens: positions that they keep.
+        ready_at: id of the first plan that may compute its newest token, if that is still in flight.
         finished: whether the request has ended, here or by its user.
     """
 
@@ -75,6 +76,7 @@ class ScheduledSequence:
         "overlaps",
         "page_size",
         "reads_cache",
+        "ready_at",
         "request",
         "stops",
         "view",
@@ -108,14 +110,17 @@ class ScheduledSequence:
         self.num_holds = 0
         self.host_pages: list[int] = []
         self.num_kept_tokens = 0
+        self.ready_at = 0
         self.finished = False
 
-    def num_tokens_to_compute(self) -> int:
-        """Tokens that exist and are neither computed nor scheduled, as far as they may be now."""
+    def num_tokens_to_compute(self, step_id: int) -> int:
+        """Tokens that exist and are neither computed nor scheduled, as far as the plan of that id may."""
         request = self.request
         num_pending = request.num_pending_tokens
         num_tokens = len(request.token_ids) + num_pending
-        if num_tokens >= self.max_length or (num_pending and not self.overlaps):
+        if num_tokens >= self.max_length or (
+            num_pending and not (self.overlaps and self.ready_at <= step_id)
+        ):
             return 0
         return num_tokens - request.num_computed_tokens
 

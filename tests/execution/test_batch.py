@@ -30,7 +30,7 @@ def column(name: str) -> int:
 @given(data=st.data())
 def test_round_trip(shape: StepShape, data: st.DataObject) -> None:
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
-    batch = HostBatch(shape)
+    batch = HostBatch(shape, 0)
     assert batch.integers.size == shape.num_integers and batch.floats.size == shape.num_floats
     for view in (batch.token_ids, batch.positions, batch.targets, batch.page_table):
         view[...] = rng.integers(0, 2**31 - 1, view.shape)
@@ -61,20 +61,61 @@ def test_round_trip(shape: StepShape, data: st.DataObject) -> None:
         np.testing.assert_array_equal(getattr(device.sampling, name), batch.seq_floats[row])
 
 
+def random_batch(rng: np.random.Generator, shape: StepShape, lengths: list[int]) -> HostBatch:
+    """So many sequences of these lengths, and padding."""
+    batch, total = HostBatch(shape, 77), sum(lengths)
+    for view in (batch.token_ids, batch.positions, batch.targets):
+        view[:total] = rng.integers(1, 99, total)
+    batch.query_starts[1 : len(lengths) + 1] = np.cumsum(lengths)
+    batch.query_starts[len(lengths) + 1 :] = total
+    batch.seq_integers[:, : len(lengths)] = rng.integers(1, 9, (len(INTEGERS), len(lengths)))
+    batch.page_table[: len(lengths)] = rng.integers(1, 99, (len(lengths), shape.pages_per_seq))
+    batch.seq_floats[:, : len(lengths)] = rng.normal(size=(len(FLOATS), len(lengths)))
+    batch.flags[:] = rng.integers(0, 2, 3)
+    return batch
+
+
+@pytest.mark.parametrize(
+    ("shape", "other"), [((7, 3), (9, 6)), ((9, 6), (7, 3)), ((16, 2), (6, 6)), ((6, 6), (16, 2))], ids=str
+)
+def test_another_shape_holds_the_same(shape: tuple[int, int], other: tuple[int, int]) -> None:
+    old, new = StepShape(*shape, 4, False), StepShape(*other, 4, False)
+    first, second = (random_batch(np.random.default_rng(5), s, [4, 2]) for s in (old, new))
+    resized = first.resized(new)
+    np.testing.assert_array_equal(resized.integers, second.integers)
+    np.testing.assert_array_equal(resized.floats, second.floats)
+    assert first.resized(old) is first
+
+
+def test_batches_of_stages_are_unpacked_each_and_the_last_one_is_told_of() -> None:
+    shape, last_token = StepShape(7, 3, 4, False), np.arange(100, 180, dtype=np.int32)
+    batches = [random_batch(np.random.default_rng(seed), shape, [3, 1]) for seed in range(3)]
+    batches[0].token_ids[2] = -1
+    packed = jax.tree.map(lambda *x: np.stack(x), *((b.integers, b.floats) for b in batches))
+    together = jax.tree.map(np.asarray, _unpack(*packed, last_token, shape=shape))
+    alone = [unpacked(batch, last_token, shape) for batch in batches]
+    jax.tree.map(np.testing.assert_array_equal, together._replace(decoder_inputs=alone[2].tokens), alone[2])
+    for stage in range(3):
+        of_stage = jax.tree.map(lambda x, stage=stage: x[stage], together.decoder_inputs)
+        jax.tree.map(np.testing.assert_array_equal, of_stage, alone[stage].tokens)
+    assert together.decoder_inputs.token_ids[0, 2] == 100 + batches[0].column["slots"][0]
+
+
 def test_views_cover_the_arrays_once() -> None:
-    batch = HostBatch(SHAPES[0])
+    batch = HostBatch(SHAPES[0], 0)
     views = (batch.flags, batch.token_ids, batch.positions, batch.targets, batch.query_starts)
     for view in (*views, batch.seq_integers, batch.page_table):
         view += 1
     assert (batch.integers == 1).all()
-    batch.seq_floats += 1
     assert (batch.floats == 1).all()
+    batch.seq_floats += 1
+    assert (batch.floats == 2).all()
 
 
 def test_newest_tokens_come_from_the_slot_of_their_sequence() -> None:
     """A prompt, a decode whose token is on the device, an empty row, and a resumed one that ends in such."""
     shape = StepShape(9, 4, 1, False)
-    batch = HostBatch(shape)
+    batch = HostBatch(shape, 0)
     batch.token_ids[:] = [10, 11, 12, -1, 20, 21, -1, 0, 0]
     batch.query_starts[:] = [0, 3, 4, 4, 7]
     batch.seq_integers[column("slots")] = [0, 2, 4, 1]
@@ -86,7 +127,7 @@ def test_newest_tokens_come_from_the_slot_of_their_sequence() -> None:
 def test_tokens_after_the_last_sequence_are_left_alone() -> None:
     """An empty row's last token would be row -1, or the token of the sequence before it."""
     shape = StepShape(4, 4, 1, True)
-    batch = HostBatch(shape)
+    batch = HostBatch(shape, 0)
     batch.token_ids[:] = [-1, 5, 0, 0]
     batch.query_starts[:] = [0, 1, 2, 2, 2]
     batch.seq_integers[column("slots")] = [3, 0, 4, 4]
@@ -96,7 +137,7 @@ def test_tokens_after_the_last_sequence_are_left_alone() -> None:
 
 def test_rope_length_is_the_prompts_or_the_position() -> None:
     shape = StepShape(6, 3, 1, False)
-    batch = HostBatch(shape)
+    batch = HostBatch(shape, 0)
     batch.query_starts[:] = [0, 3, 4, 5]
     batch.positions[:] = [0, 1, 2, 30, 7, 0]
     batch.seq_integers[column("rope_lengths")] = [10, 20, 8]

@@ -82,17 +82,18 @@ def test_a_bad_value_is_named(arguments: dict[str, Any], param: str, message: st
     assert str(caught.value) == message
 
 
-@pytest.mark.parametrize("name", ["pipeline_parallel_size"])
-def test_what_is_not_served_yet_is_refused(name: str) -> None:
-    with pytest.raises(UnsupportedError, match=f"{name}=2 is not supported yet; leave it at 1"):
-        resolved(**{name: 2})
-
-
 def test_devices_may_share_the_model() -> None:
-    assert resolved(tensor_parallel_size=2).tensor_parallel_size == 2
+    config = resolved(tensor_parallel_size=2, pipeline_parallel_size=MODEL.num_layers)
+    assert (config.tensor_parallel_size, config.pipeline_parallel_size) == (2, MODEL.num_layers)
     assert resolved(data_parallel_size=2).data_parallel_size == 2
     with pytest.raises(UnsupportedError, match="record_schedule with data_parallel_size=2: what is recorded"):
         resolved(data_parallel_size=2, record_schedule="schedule.gz")
+
+
+def test_a_stage_has_a_layer() -> None:
+    message = f"pipeline_parallel_size={MODEL.num_layers + 1} is more than the {MODEL.num_layers} layers of"
+    with pytest.raises(ConfigError, match=message):
+        resolved(pipeline_parallel_size=MODEL.num_layers + 1)
 
 
 def test_nothing_is_left_open() -> None:

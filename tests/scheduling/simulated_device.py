@@ -59,6 +59,7 @@ class Device:
     last: dict[str, tuple[int, int]] = field(default_factory=dict)
     released: deque[list[str]] = field(default_factory=deque)
     seats: set[str] = field(default_factory=set)
+    sampling: deque[set[str]] = field(default_factory=deque)
     num_computed_tokens: int = 0
     num_plans: int = 0
 
@@ -73,6 +74,10 @@ class Device:
         for request, start, num_tokens, samples in plan.scheduled:
             assert num_tokens > 0
             assert not request.status.is_finished
+            for ago, sampled in enumerate(reversed(self.sampling), start=1):
+                if request.request_id in sampled:
+                    assert ago >= config.num_stages, "it is still on its way through the stages"
+                    assert config.reschedule_in_flight
             self.seats.add(request.request_id)
             known = list(request.token_ids)
             end = start + num_tokens
@@ -95,11 +100,13 @@ class Device:
         for copies in (plan.copies_out, plan.copies_in):
             assert len({target for _, target in copies}) == len(copies), "two pages are copied to one"
         self.queue.append(rows)
+        self.sampling.append({row.request.request_id for row in rows if row.samples})
         self.copies.append((plan.copies_out, plan.copies_in))
         self.released.append([request.request_id for request in plan.released])
 
     def result(self) -> StepResult:
         rows = self.queue.popleft()
+        self.sampling.popleft()
         for request_id in self.released.popleft():
             self.last.pop(request_id, None)
         self._copy(*self.copies.popleft())

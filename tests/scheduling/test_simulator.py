@@ -72,6 +72,19 @@ def test_who_comes_while_a_step_runs_waits_for_those_that_are_planned() -> None:
         assert late.ttft == pytest.approx(expected)
 
 
+def test_a_pipeline_by_hand() -> None:
+    """A prompt takes three steps of 2.0 s, and each token after it three of 1.1 s, whoever else is there."""
+    config = make_config(num_stages=3)
+    alone = simulate([traced(0.0, 10, 3)], config, PerToken())
+    assert alone.seconds == pytest.approx(3 * 2.0 + 2 * 3 * 1.1)
+    three = simulate([traced(0.0, 10, 3, name=n) for n in range(3)], config, PerToken())
+    assert [record.ttft for record in three.requests] == pytest.approx([6.0, 7.1, 8.2])
+    assert [record.tpot for record in three.requests] == pytest.approx([3.3] * 3)
+    starts = [0, 2, 4, *(6 + 1.1 * step for step in range(6))]
+    assert [step.start for step in three.steps] == pytest.approx(starts)
+    assert three.seconds == pytest.approx(alone.seconds + 2 * 1.1)
+
+
 def test_time_of_the_host_is_part_of_a_step() -> None:
     without = simulate([traced(0.0, 10, 5)], make_config(), PerToken())
     with_host = simulate([traced(0.0, 10, 5)], make_config(), PerToken(), host_seconds=0.25)

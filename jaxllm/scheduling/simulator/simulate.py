@@ -96,18 +96,20 @@ def simulate(
     cost: CostModel,
     policy: SchedulingPolicy | None = None,
     *,
-    max_in_flight: int = 2,
+    max_in_flight: int | None = None,
     host_seconds: float = 0.0,
 ) -> Simulation:
     """Serves a trace as `jaxllm.engine.Engine` would, on a device whose steps take what `cost` says.
 
     While the device runs a step the host has planned the next one, as in the engine; where all
-    requests are there at the start, the plans are the engine's own, one for one.
+    requests are there at the start, the plans are the engine's own, one for one. In a pipeline a step is
+    one of all stages, and a plan is complete as many steps later as there are stages after the first.
 
     Args:
         trace: in order of arrival; read as time goes on, so it may be longer than memory.
         policy: by default the one that `config.policy` names.
-        max_in_flight: plans that are outstanding at most; 1 does without overlap.
+        max_in_flight: plans that are outstanding at most. None is one to each stage and one that waits;
+            without the latter the device waits for the host.
         host_seconds: time between two steps in which the device waits for the host.
     """
     scheduler = make_scheduler(config, policy)
@@ -115,7 +117,8 @@ def simulate(
     arrivals = iter(trace)
     next_arrival = next(arrivals, None)
     traced: dict[str, TracedRequest] = {}
-    in_flight: deque[tuple[Plan, float]] = deque()
+    max_in_flight = config.num_stages + 1 if max_in_flight is None else max_in_flight
+    in_flight: deque[tuple[Plan, _Steps]] = deque()
     now = device_free = 0.0
     count = 0
     while True:
@@ -133,11 +136,18 @@ def simulate(
             # Replicas wait for the one that has most to do.
             seconds = max(cost.seconds(part) for part in plan.of_replicas if part) + host_seconds
             device_free = start + seconds
-            in_flight.append((plan, device_free))
+            in_flight.append((plan, _Steps(seconds)))
+            for _, steps in in_flight:
+                steps.ends.append(device_free)
             simulation.steps.append(_record_step(plan, now, start, seconds, scheduler))
         if in_flight:
-            plan, end = in_flight.popleft()
-            now = max(now, end)
+            plan, oldest = in_flight.popleft()
+            while len(oldest.ends) < config.num_stages:
+                # There is nothing to begin; what has begun goes on.
+                device_free += oldest.seconds
+                for steps in (oldest, *(steps for _, steps in in_flight)):
+                    steps.ends.append(device_free)
+            now = max(now, oldest.ends[config.num_stages - 1])
             for update in scheduler.apply(plan, _result(plan, traced)):
                 request = update.request
                 if request.first_token_time is None:
@@ -152,6 +162,14 @@ def simulate(
     simulation.seconds = now
     simulation.num_preemptions = scheduler.num_preemptions
     return simulation
+
+
+@dataclass(slots=True)
+class _Steps:
+    """When the steps end that take a plan through the stages; the first takes so many seconds."""
+
+    seconds: float
+    ends: list[float] = field(default_factory=list)
 
 
 def _result(plan: Plan, traced: dict[str, TracedRequest]) -> StepResult:

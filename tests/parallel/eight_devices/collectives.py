@@ -15,6 +15,7 @@ from benchmarks import scaling
 from benchmarks.hlo import work
 from jaxllm.execution.abstract import (
     abstract_cache,
+    abstract_hidden,
     abstract_parameters,
     abstract_state,
     everywhere,
@@ -26,6 +27,7 @@ from jaxllm.execution.step import step
 from jaxllm.execution.token_masks import TokenMasks
 from jaxllm.models.config import ModelConfig, RopeConfig
 from jaxllm.models.decoder import Decoder, DecoderForm
+from jaxllm.models.pipelined_decoder import make_decoder
 from sharding import make_mesh
 from tests.parallel.hlo import Module, collectives, copies_of, parse
 
@@ -130,3 +132,44 @@ def test_what_a_device_holds_by_hand() -> None:
     assert one.attention_flops == 4 * 8 * 100 * LAYERS * 4 * 6
     assert one.num_tokens == 8
     assert one.all_reduce_bytes >= 2 * (2 * LAYERS + 1) * 8 * 40
+
+
+@functools.cache
+def pipelined(pipe: int, tensor: int, feature_major: bool, shape: StepShape) -> Module:
+    mesh = make_mesh(pipe=pipe, tensor=tensor)
+    decoder = make_decoder(MODEL, DecoderForm(jnp.dtype("float32"), feature_major, True, "xla", mesh))
+    lowered = lower_step(
+        functools.partial(step, decoder=decoder, shape=shape, num_logprobs=5, logprobs_mode="raw_logprobs"),
+        decoder,
+        abstract_parameters(decoder),
+        (abstract_cache(decoder, PAGES, PAGE_SIZE), abstract_hidden(decoder, 20)),
+        abstract_state(functools.partial(SamplerState.create, SLOTS, decoder.fitted.vocab_size), mesh),
+        TokenMasks(VOCABULARY, decoder.fitted.vocab_size, everywhere(decoder)).abstract(shape.num_seqs),
+        shape,
+    )
+    return parse(lowered.compile().as_text())
+
+
+@pytest.mark.parametrize(
+    ("pipe", "tensor", "feature_major", "shape"),
+    [(2, 1, True, MIXED), (2, 2, False, DECODE), (2, 4, False, MIXED)],
+)
+def test_stages_hand_on_hidden_states_and_nothing_else(
+    pipe: int, tensor: int, feature_major: bool, shape: StepShape
+) -> None:
+    """In the loop what tensor parallelism says; around it one permute, and sums of rows and embeddings."""
+    compiled = pipelined(pipe, tensor, feature_major, shape)
+    places = -(-LAYERS // pipe)
+    cache = shape_of(places, PAGES, PAGE_SIZE, 16 // tensor, 6)
+    [layer] = compiled.loops_over(cache)
+    assert collectives(layer) == (Counter({"all-reduce": 2}) if tensor > 1 else Counter())
+    moved = [one for one in compiled.instructions if collectives([one])]
+    [permute] = [one for one in moved if one.opcode.startswith("collective-permute")]
+    assert permute.num_elements == shape.num_tokens * MODEL.hidden_size
+    rows = max(shape.num_seqs, shape.num_tokens)
+    assert max(one.num_elements for one in moved) <= rows * max(MODEL.hidden_size, VOCABULARY // 10)
+    vocabulary = -(-VOCABULARY // (256 * tensor * pipe)) * 256
+    weights = [(8 // tensor, 4, 6, 40), (40, 96 // tensor), (2, 88 // tensor, 40), (40, 88 // tensor)]
+    large = {shape_of(*prefix, *w) for w in weights for prefix in ((places,), (places * pipe,))}
+    large |= {cache, shape_of(vocabulary, 40), shape_of(vocabulary * tensor * pipe, 40)}
+    assert copies_of(compiled.instructions, large) == []

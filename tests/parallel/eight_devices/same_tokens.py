@@ -158,11 +158,12 @@ def test_pooled_vectors_are_those_of_one_device(tmp_path: Path, monkeypatch: pyt
     use_one_shape(monkeypatch)
     directory = write_model(tmp_path, "qwen2-layer-types")
     prompts = [{"prompt_token_ids": np.random.default_rng(n).integers(601, size=n).tolist()} for n in LENGTHS]
-    vectors = {}
-    for devices in (1, 4):
-        llm = make_llm(directory, devices, runner="pooling")
+    vectors = []
+    for tensor, pipe in ((1, 1), (4, 1), (1, 2)):
+        llm = make_llm(directory, tensor, pipeline_parallel_size=pipe, runner="pooling")
         outputs = llm.embed(prompts, use_tqdm=False)
-        vectors[devices] = np.array([output.outputs.embedding for output in outputs])
+        vectors.append(np.array([output.outputs.embedding for output in outputs]))
         llm.shutdown()
     # Sums of float32 in another order.
-    np.testing.assert_allclose(vectors[4], vectors[1], atol=1e-5)
+    np.testing.assert_allclose(vectors[1], vectors[0], atol=1e-5)
+    np.testing.assert_allclose(vectors[2], vectors[0], atol=1e-5)
