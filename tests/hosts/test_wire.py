@@ -47,7 +47,7 @@ def random_command(rng: np.random.Generator) -> Command:
             return SleepAt(2) if rng.random() < 0.5 else WakeUp(("weights",))
         case _:
             shape = SHAPES[rng.integers(len(SHAPES))]
-            batch = HostBatch(shape)
+            batch = HostBatch(shape, shape.num_seqs)
             batch.integers[rng.random(len(batch.integers)) < 0.3] = rng.integers(-5, 2**31 - 1)
             batch.floats[:] = rng.choice([1.0, np.nan, -0.0, np.inf], len(batch.floats))
             masks = rng.integers(-(2**31), 2**31, (shape.num_seqs, 19)).astype(np.int32)
@@ -83,7 +83,7 @@ def test_commands_arrive_as_they_were(seed: int, count: int) -> None:
 
 def decode_step(lengths: np.ndarray, shape: StepShape) -> RunStep:
     """A step of running sequences, each a token longer than in the one before."""
-    batch = HostBatch(shape)
+    batch = HostBatch(shape, shape.num_seqs)
     batch.token_ids[:] = -1
     batch.positions[:] = lengths - 1
     batch.query_starts[:] = np.arange(shape.num_seqs + 1)
