@@ -1,6 +1,6 @@
 """How far the simulator is from the engine: the same traces on both, with a cost model fitted here.
 
-    python -m benchmarks.fidelity --shape llama-135m --json fidelity.json
+    python -m benchmarks.fidelity --shape llama-135m --max-num-batched-tokens 1024 --json fidelity.json
 
 Serves five traces with the engine in real time, and records steps before, between and after them
 (`benchmarks.profile_steps`), since what else runs on a machine changes within minutes. Then fits a cost
@@ -200,7 +200,7 @@ def main(arguments: list[str] | None = None) -> None:
     add_model_arguments(parser)
     parser.add_argument("--max-model-len", type=int, default=512)
     parser.add_argument("--max-num-seqs", type=int, default=32)
-    parser.add_argument("--num-requests", type=int, default=60)
+    parser.add_argument("--num-requests", type=int, default=48)
     parser.add_argument("--load", type=float, default=0.6, help="part of the rate that can be served")
     parser.add_argument("--scale", type=float, default=0.125, help="of the workloads' lengths")
     add_output_arguments(parser)

@@ -113,15 +113,21 @@ def workloads(shapes: list[Shape], max_model_len: int, generator: np.random.Gene
             continue
         # More tokens than the next smaller shape would hold.
         least = max((size for size in mixed if size < shape.num_tokens), default=1) + 1
-        for decodes in (0, 0, 0, shape.num_seqs // 4, shape.num_seqs // 2):
+        for beside in (False, False, True, True, True):
+            decodes = _few(1, shape.num_seqs // 2, generator) if beside and shape.num_seqs > 1 else 0
             total = int(generator.integers(least, shape.num_tokens + 1)) - decodes
             most = min(16, shape.num_seqs - decodes, total // 2)
             fewest = -(-total // (max_model_len - 1))
             if total < 2 or fewest > most:
                 continue
-            lengths = _split(total, int(generator.integers(fewest, most + 1)), max_model_len - 1, generator)
-            context = int(generator.integers(16, max_model_len // 2 + 1))
-            yield Workload(decodes, context if decodes else 0, lengths, 1)
+            lengths = _split(total, _few(fewest, most, generator), max_model_len - 1, generator)
+            context = int(generator.integers(16, max_model_len // 2 + 1)) if decodes else 0
+            yield Workload(decodes, context, lengths, 1)
+
+
+def _few(fewest: int, most: int, generator: np.random.Generator) -> int:
+    """A number in between, twice as often as one that is twice as large: traffic is mostly of small ones."""
+    return min(most, int(fewest * ((most + 1) / fewest) ** generator.random()))
 
 
 def _split(total: int, parts: int, most: int, generator: np.random.Generator) -> tuple[int, ...]:

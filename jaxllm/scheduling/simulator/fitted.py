@@ -87,7 +87,11 @@ class FittedCost:
 
     @classmethod
     def fit(cls, steps: Sequence[RecordedStep], tiles: Tiles | None = None) -> FittedCost:
-        """The prices of least squared relative error, none below zero (Lawson and Hanson 1974, chapter 23).
+        """The prices of least squared error, none below zero (Lawson and Hanson 1974, chapter 23).
+
+        An error counts by the median of its shape, so that small shapes count as much as large ones. Counted
+        by the step's own time it would favour the fastest of them; this way the steps of each shape cost
+        together what they took, unless its price would have to be below zero.
 
         Of each shape's steps those further than a factor of 3 from their median are left out: something
         else ran meanwhile, or their work was done before anybody waited for it.
@@ -100,24 +104,20 @@ class FittedCost:
         by_shape: defaultdict[Shape, list[RecordedStep]] = defaultdict(list)
         for step in steps:
             by_shape[step.shape].append(step)
-        kept = []
-        for recorded in by_shape.values():
-            median = float(np.median([step.seconds for step in recorded]))
-            kept += [step for step in recorded if median / 3 <= step.seconds <= 3 * median]
+        medians = {s: float(np.median([step.seconds for step in own])) for s, own in by_shape.items()}
+        kept = [step for step in steps if 1 / 3 <= step.seconds / medians[step.shape] <= 3]
         column = {shape: index for index, shape in enumerate(by_shape)}
         matrix = np.zeros((len(kept), len(column) + len(Work._fields)))
         for row, step in zip(matrix, kept, strict=True):
             row[column[step.shape]] = 1
             row[len(column) :] = step.work(tiles)
-        seconds = np.array([step.seconds for step in kept])
-        matrix /= seconds[:, None]
+        typical = np.array([medians[step.shape] for step in kept])
+        matrix /= typical[:, None]
         scale = np.maximum(np.abs(matrix).max(axis=0), 1e-300)
-        prices, _ = nnls(matrix / scale, np.ones(len(kept)))
+        prices, _ = nnls(matrix / scale, np.array([step.seconds for step in kept]) / typical)
         seconds_of_one = (prices / scale).tolist()
         shapes = dict(zip(column, seconds_of_one[: len(column)], strict=True))
-        cost = cls(shapes, Work(*seconds_of_one[len(column) :]), tiles)
-        # A relative error makes light of steps that took long; all together cost what they took.
-        return cost.scaled_to(kept)
+        return cls(shapes, Work(*seconds_of_one[len(column) :]), tiles)
 
     def scaled_to(self, steps: Sequence[RecordedStep]) -> FittedCost:
         """With every price so many times as high that steps cost together what they took."""
