@@ -214,7 +214,9 @@ def _held(layout: Layout, stage: int, shard: int) -> Iterator[str]:
         number, width = model.moe.num_experts, model.moe.intermediate_size
         [down] = [array for array in layout.arrays if array.name == "layers.mlp.experts.down.weight"]
         _, own, own_width, _ = down.device_shape
-        yield f"experts {_span(0 if own == number else shard * own, own)}"
+        # Of replicas that share the experts each device has others, in the order of the mesh.
+        firsts = [0] if own == number else [(r * tensor + shard) * own for r in range(layout.data)]
+        yield f"experts {', '.join(_span(first, own) for first in firsts)}"
         if own_width < width:
             yield f"of each {_span(shard * own_width, own_width)}"
     rows = model.vocab_size // (tensor * layout.pipe)

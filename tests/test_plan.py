@@ -107,6 +107,8 @@ def test_the_picture_says_what_a_device_holds() -> None:
     assert list(_held(layout, 1, 31)) == [
         "layers 16-31", "KV heads 3", "experts 0-127", "of each 744-767", "vocab 112896-114687",
     ]  # fmt: skip
+    spread = layout_of("qwen3-30b-a3b", tensor=4, data_parallel_size=2, enable_expert_parallel=True)
+    assert list(_held(spread, 0, 1))[2] == "experts 16-31, 80-95"
     dense = layout_of("llama-3.1-70b", tensor=2)
     assert list(_held(dense, 0, 1)) == [
         "layers 0-79",
