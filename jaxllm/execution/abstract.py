@@ -14,6 +14,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Singl
 from jaxllm.execution.batch import StepShape
 from jaxllm.models.decoder import Decoder
 from jaxllm.models.fitting import parameter_shardings
+from jaxllm.models.parameters import Parameters
 from jaxllm.models.pipelined_decoder import HIDDEN_AXES
 from jaxllm.models.stages import Stages
 from sharding import named_sharding, on_shards, partition_spec
@@ -33,9 +34,34 @@ def abstract_parameters(decoder: Decoder) -> dict[str, Any]:
         stacked = form.stack_layers and spec.num_layers is not None
         layers = Stages(spec.num_layers or 0, form.num_stages).stack
         shape = (len(layers), *spec.shape) if stacked else spec.shape
-        array = jax.ShapeDtypeStruct(shape, form.dtype, sharding=shardings.get(name))
+        sharding: Any = shardings.get(name)
+        if form.attention_backend == "tpu" and is_read_in_rows(name):
+            sharding = _row_major(len(shape), sharding)
+        array = jax.ShapeDtypeStruct(shape, form.dtype, sharding=sharding)
         arrays[name] = array if stacked or spec.num_layers is None else [array] * spec.num_layers
     return arrays
+
+
+def is_read_in_rows(name: str) -> bool:
+    """Whether a lookup or a kernel reads a parameter, where it lies, as rows."""
+    return name == "embed.weight" or name.startswith("layers.mlp.experts.")
+
+
+def _row_major(dimensions: int, sharding: Any) -> Format:
+    """A TPU left to itself swaps dimensions where the last ones are short; each step would swap them back."""
+    return Format(Layout(tuple(range(dimensions))), sharding or SingleDeviceSharding(jax.devices()[0]))
+
+
+def laid_out(params: Parameters, abstract: dict[str, Any]) -> Parameters:
+    """Parameters as the steps are compiled for them; what lies otherwise moves, and its old array is gone."""
+
+    def lay_out(array: jax.Array, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+        layout = wanted.format.layout
+        if layout is None or layout.major_to_minor == array.format.layout.major_to_minor:  # type: ignore[union-attr, attr-defined]
+            return array
+        return jax.device_put(array, wanted.format, donate=True)
+
+    return jax.tree.map(lay_out, params, abstract)
 
 
 def abstract_cache(decoder: Decoder, num_pages: int, page_size: int) -> jax.ShapeDtypeStruct:
@@ -43,9 +69,7 @@ def abstract_cache(decoder: Decoder, num_pages: int, page_size: int) -> jax.Shap
     spec, mesh = decoder.cache_spec(num_pages, page_size), decoder.form.mesh
     sharding: Any = None if mesh is None else named_sharding(mesh, spec.axes, spec.shape, "the KV cache")
     if decoder.form.attention_backend == "tpu":
-        # Left to itself XLA swaps dimensions where a token has few rows, and each step would swap them back.
-        row_major = Layout(tuple(range(len(spec.shape))))
-        sharding = Format(row_major, sharding or SingleDeviceSharding(jax.devices()[0]))
+        sharding = _row_major(len(spec.shape), sharding)
     return jax.ShapeDtypeStruct(spec.shape, decoder.form.dtype, sharding=sharding)
 
 

@@ -80,7 +80,8 @@ def build_runner(
         form.num_stages,
         expert_parallel=config.enable_expert_parallel,
     )
-    num_pages = num_kv_pages(config, shard, form.dtype, shard_specs(specs, mesh), list(mesh.local_devices))
+    devices, backend = list(mesh.local_devices), form.attention_backend
+    num_pages = num_kv_pages(config, shard, form.dtype, shard_specs(specs, mesh), devices, backend)
     if hosts is not None:
         num_pages = min(hosts.gather("pages of the KV cache", num_pages))
     runner = (Runner if model.pooler is None else PoolingRunner)(

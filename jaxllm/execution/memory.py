@@ -15,9 +15,11 @@ import jax.numpy as jnp
 
 from jaxllm.config import EngineConfig
 from jaxllm.errors import InsufficientMemoryError
+from jaxllm.execution.abstract import is_read_in_rows
 from jaxllm.execution.platform import free_memory
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.parameters import ParameterSpec
+from pallas_kernels.ragged_paged_attention import Backend, cache_bytes_per_token
 
 logger = logging.getLogger(__name__)
 
@@ -25,14 +27,22 @@ _CPU_SHARE = 8  # on a CPU the cache takes one part in eight of all memory, or l
 _CPU_SEQUENCES = 2  # and no more than this many times what max_num_seqs full sequences could fill
 
 
-def page_bytes(model: ModelConfig, page_size: int, dtype: jnp.dtype) -> int:
-    """Bytes of one KV page over all layers."""
-    return model.num_layers * page_size * 2 * model.num_kv_heads * model.head_dim * dtype.itemsize
+def page_bytes(model: ModelConfig, page_size: int, dtype: jnp.dtype, backend: Backend = "xla") -> int:
+    """Bytes of one KV page over all layers, as the attention backend has it held."""
+    a_token = cache_bytes_per_token(backend, model.num_kv_heads, model.head_dim, jnp.dtype(dtype))
+    return model.num_layers * page_size * a_token
 
 
-def weight_bytes(specs: Mapping[str, ParameterSpec], dtype: jnp.dtype) -> int:
-    """Bytes of all parameters."""
-    return sum(spec.size for spec in specs.values()) * dtype.itemsize
+def weight_bytes(specs: Mapping[str, ParameterSpec], dtype: jnp.dtype, backend: Backend = "xla") -> int:
+    """Bytes of all parameters, as they are held beside an attention backend."""
+    return sum(_held_size(name, spec, backend) for name, spec in specs.items()) * dtype.itemsize
+
+
+def _held_size(name: str, spec: ParameterSpec, backend: Backend) -> int:
+    """Elements; a TPU fills rows that are read as they lie up to whole lanes of 128."""
+    if backend != "tpu" or not is_read_in_rows(name):
+        return spec.size
+    return spec.size // spec.shape[-1] * (-(-spec.shape[-1] // 128) * 128)
 
 
 def step_bytes(config: EngineConfig, model: ModelConfig, dtype: jnp.dtype) -> int:
@@ -58,13 +68,14 @@ def num_kv_pages(
     dtype: jnp.dtype,
     specs: Mapping[str, ParameterSpec],
     devices: Sequence[jax.Device],
+    backend: Backend = "xla",
 ) -> int:
     """Pages of the KV cache, with the null page; as many as the fullest device holds its parts of.
 
     Raises:
         InsufficientMemoryError: not even one sequence of max_model_len tokens would fit.
     """
-    page = page_bytes(model, config.block_size, dtype)
+    page = page_bytes(model, config.block_size, dtype, backend)
     per_sequence = math.ceil((config.max_model_len or 1) / config.block_size)
     if config.num_gpu_blocks_override is not None:
         pages, basis = config.num_gpu_blocks_override, "num_gpu_blocks_override"
@@ -74,7 +85,7 @@ def num_kv_pages(
         remedy = "raise kv_cache_memory_bytes"
     else:
         total, free = min((free_memory(device) for device in devices), key=lambda memory: memory[1])
-        needed = weight_bytes(specs, dtype) + step_bytes(config, model, dtype)
+        needed = weight_bytes(specs, dtype, backend) + step_bytes(config, model, dtype)
         less = f"less {_gib(needed)} for weights and a step"
         remedy = "lower max_num_seqs or max_num_batched_tokens, or set kv_cache_memory_bytes"
         if devices[0].platform == "cpu":

@@ -17,6 +17,7 @@ from jaxllm.execution.abstract import (
     abstract_state,
     by_replica,
     empty_cache,
+    laid_out,
     lower_step,
     shardings_of,
 )
@@ -176,7 +177,7 @@ class Runner:
     def start(self, params: Parameters, *, progress: bool) -> None:
         """Takes the weights, makes the cache, and waits until every plan can run."""
         self._sleep: Sleep | None = None
-        self._params = params
+        self._params = laid_out(params, self._abstract_params)
         self._kv_pages = empty_cache(self._abstract_cache)
         if self._host_pages is not None:
             self._kv_pages = self._host_pages.warm_up(self._kv_pages)
@@ -311,7 +312,8 @@ class Runner:
                 del self._params, self._kv_pages
             case WakeUp(tags):
                 if self._sleep is not None and (awake := self._sleep.wake(tags)) is not None:
-                    self._params, self._kv_pages = awake
+                    params, self._kv_pages = awake
+                    self._params = laid_out(params, self._abstract_params)
                     self._sleep = None
                 return self._sleep is None
         return None

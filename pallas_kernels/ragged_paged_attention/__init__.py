@@ -39,6 +39,17 @@ def cache_rows(backend: Backend, kv_heads: int, head_dim: int) -> tuple[int, int
     return 2 * kv_heads, head_dim
 
 
+def cache_bytes_per_token(backend: Backend, kv_heads: int, head_dim: int, dtype: jnp.dtype) -> int:
+    """Bytes that a token's keys and values of one layer take in a cache held as `cache_rows` says.
+
+    A TPU pads what it stores to whole tiles: three rows take as much as four.
+    """
+    rows, width = cache_rows(backend, kv_heads, head_dim)
+    if backend == "tpu":
+        rows, width = importlib.import_module(f"{__name__}.tpu").in_tiles(rows, width, dtype)
+    return rows * width * dtype.itemsize
+
+
 def ragged_paged_attention(
     q: jax.Array,
     k: jax.Array,

@@ -124,6 +124,17 @@ def page_rows(kv_heads: int, head_dim: int) -> tuple[int, int]:
     return 2 * kv_heads, head_dim
 
 
+def in_tiles(rows: int, lanes: int, dtype: jnp.dtype) -> tuple[int, int]:
+    """The rows and lanes of memory that so many of a page take.
+
+    Tiles are 8 rows of 128 lanes, or of fewer rows where a token has fewer, as a power of two; narrow
+    numbers share a row of 32-bit words.
+    """
+    packed = 4 // dtype.itemsize
+    height = min(8, max(packed, pl.next_power_of_2(rows)))
+    return pl.cdiv(rows, height) * height, pl.cdiv(lanes, LANES) * LANES
+
+
 def _spread(q: jax.Array, kv_heads: int, lanes: int) -> jax.Array:
     """Queries [T, heads, head_dim] at the lanes of their keys, [T, heads, lanes], with zeros elsewhere.
 

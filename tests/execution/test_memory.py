@@ -165,3 +165,16 @@ def test_free_memory_of_this_machine_is_measured() -> None:
     total, free = free_memory(jax.devices("cpu")[0])
     assert 0 < free <= total
     assert free_memory(device_with(1000, 300)) == (1000, 700)
+
+
+def test_a_tpu_holds_whole_tiles() -> None:
+    bfloat16 = jnp.dtype(jnp.bfloat16)
+    for kv_heads, head_dim, rows in ((8, 128, 16), (1, 128, 2), (3, 64, 4), (3, 128, 8), (5, 128, 16)):
+        model = replace(MODEL, num_heads=kv_heads, num_kv_heads=kv_heads, head_dim=head_dim)
+        assert page_bytes(model, 16, bfloat16, "tpu") == model.num_layers * 16 * rows * 128 * 2
+    specs = {
+        "layers.mlp.experts.down.weight": ParameterSpec((4, 8, 200), (None, None, "embed"), 2),
+        "layers.mlp.down.weight": ParameterSpec((8, 200), ("embed", "mlp"), 2),
+    }
+    assert weight_bytes(specs, bfloat16, "xla") == 2 * (4 * 8 * 200 + 8 * 200) * 2
+    assert weight_bytes(specs, bfloat16, "tpu") == 2 * (4 * 8 * 256 + 8 * 200) * 2
