@@ -16,6 +16,7 @@ from jaxllm.config import EngineConfig, engine_config_from
 from jaxllm.errors import ConfigError, HostError, UnsupportedError
 from jaxllm.execution.batch import StepShape
 from jaxllm.execution.commands import RunStep, SleepAt
+from jaxllm.execution.compiler import StepCompiler
 from jaxllm.execution.hosts import executor, group
 from jaxllm.execution.hosts.connect import connected_hosts
 from jaxllm.execution.hosts.executor import HostsExecutor
@@ -241,9 +242,27 @@ class Output:
         self.token_ids = token_ids
 
 
-def status(number: int, digest: int = 0, started: int | None = None) -> bytes:
+def status(number: int, digest: int = 0, started: int | None = None, ready: tuple[int, ...] = ()) -> bytes:
     told = {"received": number, "started": number if started is None else started, "done": number}
-    return to_frame({"kind": "alive", **told, "digest": digest, "ready": []})
+    return to_frame({"kind": "alive", **told, "digest": digest, "ready": ready})
+
+
+@pytest.mark.usefixtures("fast")
+def test_a_step_is_chosen_once_all_hosts_have_it() -> None:
+    shapes = [StepShape(8, 8, 1, True), StepShape(4, 4, 1, True), StepShape(2, 2, 1, True)]
+    compiler = StepCompiler(str, shapes, complete=True)
+    compiler.wait(progress=False)
+    with two_others() as (hosts, others):
+        execute = HostsExecutor(lambda command: None, shapes, [[0, 1, 2], [0], [0, 1]], hosts, timeout=30)
+        compiler.admits = execute.admits
+        assert compiler.choose(2, 2, True) == shapes[0]
+        others[0].sendall(status(-1, ready=(0, 1)))
+        others[1].sendall(status(-1, ready=(0, 1, 2)))
+        wait_for(lambda: compiler.choose(2, 2, True) == shapes[1])
+        others[0].sendall(status(-1, ready=(0, 1, 2)))
+        wait_for(lambda: compiler.choose(2, 2, True) == shapes[2])
+        execute.close()
+    compiler.close()
 
 
 @pytest.mark.usefixtures("fast")
