@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import resource
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 
 from jaxllm.async_engine import AsyncEngine
 from jaxllm.serve.config import ServerConfig
-from jaxllm.serve.launcher import quiet_paths
+from jaxllm.serve.launcher import quiet_paths, raise_file_limit
 from jaxllm.serve.logs import REQUEST_ID, JSONFormatter, QuietPaths
 from tests.serve.conftest import serving
 from tests.serve.fake_engine import wait_until
@@ -89,6 +90,52 @@ def test_a_full_queue_says_when_to_come_back() -> None:
         assert [response.status_code for response in answered] == [200, 200]
         assert api.engine.num_unfinished == 0
         assert api.post(COMPLETIONS, {"prompt": "a", "n": 3, "max_tokens": 2}).status_code == 200
+
+
+def test_prompts_that_wait_for_their_first_token_are_bounded() -> None:
+    with serving(ServerConfig(max_num_queued_tokens=6)) as api:
+        api.fake.gate.clear()
+        api.fake.step_time = 0.01
+
+        async def main() -> tuple[httpx.Response, int, httpx.Response]:
+            transport = httpx.ASGITransport(api.app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=30) as client:
+                body = {"prompt": [5, 6, 7], "n": 2, "max_tokens": 200, "ignore_eos": True}
+                first = asyncio.create_task(client.post(COMPLETIONS, json=body))
+                while api.engine.num_unfinished != 2:
+                    await asyncio.sleep(0.01)
+                refused = await client.post(COMPLETIONS, json={**body, "n": 1, "max_tokens": 1})
+                api.fake.gate.set()
+                while api.engine.num_queued_tokens():
+                    await asyncio.sleep(0.01)
+                # The others still run, and their prompts wait no longer.
+                unfinished = api.engine.num_unfinished
+                taken = await client.post(COMPLETIONS, json={**body, "n": 1, "max_tokens": 1})
+                first.cancel()
+                return refused, unfinished, taken
+
+        refused, unfinished, taken = asyncio.run(main())
+        assert (refused.status_code, taken.status_code) == (503, 200)
+        assert refused.headers["retry-after"] == "1"
+        assert "Prompts of 6 tokens wait" in refused.json()["error"]["message"]
+        assert unfinished == 2
+
+
+def test_the_server_may_open_a_file_for_each_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+    limits = {"now": (1024, 4096)}
+    monkeypatch.setattr("resource.getrlimit", lambda kind: limits["now"])
+    monkeypatch.setattr("resource.setrlimit", lambda kind, both: asked.append(both))
+    raise_file_limit(2000)
+    raise_file_limit(10_000)  # As many as the system allows.
+    limits["now"] = (1024, resource.RLIM_INFINITY)
+    raise_file_limit(10_000)
+    assert [soft > wanted for (soft, _), wanted in zip(asked, (2000, 4095, 10_000), strict=True)] == [
+        True
+    ] * 3
+    assert asked[1] == (4096, 4096)
+    raise_file_limit(100)  # There are enough.
+    assert len(asked) == 3
 
 
 def test_sequences_are_no_longer_counted_however_they_end() -> None:
