@@ -59,11 +59,24 @@ def write_new_tokens(
     k = to_cache_dtype(k, options.k_scale, kv_pages.dtype)
     v = to_cache_dtype(v, options.v_scale, kv_pages.dtype)
     tokens, num_kv_heads, head_dim = k.shape
-    page_size = kv_pages.shape[2]
-    sequence, position, is_real = token_positions(seq_lens, query_starts, tokens)
+    new = jnp.stack([k, v], axis=2).reshape(tokens, 2 * num_kv_heads, head_dim)
+    return write_rows(new, kv_pages, layer, page_table, seq_lens, query_starts)
+
+
+def write_rows(
+    new: jax.Array,
+    pages: jax.Array,
+    layer: jax.Array | int,
+    page_table: jax.Array,
+    seq_lens: jax.Array,
+    query_starts: jax.Array,
+) -> jax.Array:
+    """Scatters new [T, ...] into pages [layers, pages, page_size, ...] of the same dtype."""
+    page_size = pages.shape[2]
+    sequence, position, is_real = token_positions(seq_lens, query_starts, new.shape[0])
     page = jnp.where(is_real, page_table[sequence, position // page_size], 0)
     offset = jnp.where(is_real, position % page_size, 0)
     # Padding rows write zeros, so that the null page never holds anything but finite numbers.
-    new = jnp.stack([k, v], axis=2).reshape(tokens, 2 * num_kv_heads, head_dim)
-    new = jnp.where(is_real[:, None, None], new, jnp.zeros((), kv_pages.dtype))
-    return kv_pages.at[layer, page, offset].set(new, mode="promise_in_bounds")
+    is_real = is_real.reshape(-1, *[1] * (new.ndim - 1))
+    new = jnp.where(is_real, new, jnp.zeros((), pages.dtype))
+    return pages.at[layer, page, offset].set(new, mode="promise_in_bounds")

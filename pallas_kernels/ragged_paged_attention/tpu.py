@@ -42,18 +42,11 @@ def attend(
     Raises:
         ValueError: what this backend cannot do, and what to use instead.
     """
-    _refuse_unsupported(page_table, kv_pages, options)
-    num_tokens, heads, head_dim = q.shape
-    kv_heads, page_size = k.shape[1], kv_pages.shape[2]
-    group = heads // kv_heads
+    num_tokens, _, head_dim = q.shape
+    kv_heads = k.shape[1]
     if tiling is None:
         tiling = Tiling.choose(q, kv_pages, page_table, options.decode_only)
-    if tiling.keys % page_size or (tiling.queries > 1 and tiling.queries % STRIP):
-        raise ValueError(
-            f"{tiling} must have keys in whole pages of {page_size}, and 1 query or a multiple of {STRIP}."
-        )
-    num_rows, lanes = page_rows(kv_heads, head_dim)
-    sequence, position, is_real = token_positions(seq_lens, query_starts, num_tokens)
+    rows, lanes = page_rows(kv_heads, head_dim)
     new = jnp.stack(
         [
             to_cache_dtype(k, options.k_scale, kv_pages.dtype),
@@ -61,7 +54,61 @@ def attend(
         ],
         axis=2,
     )
+    out, pages, lse = attend_rows(
+        _spread(q, kv_heads, lanes),
+        new.reshape(num_tokens, rows, lanes),
+        kv_pages.reshape(*kv_pages.shape[:3], rows, lanes),
+        layer,
+        page_table,
+        seq_lens,
+        query_starts,
+        options,
+        tiling,
+        group=q.shape[1] // kv_heads,
+        value_lanes=lanes,
+        name="ragged_paged_attention",
+    )
+    return _gather(out, kv_heads, head_dim), pages.reshape(kv_pages.shape), lse
 
+
+def attend_rows(
+    q: jax.Array,
+    new: jax.Array,
+    pages: jax.Array,
+    layer: jax.Array | int,
+    page_table: jax.Array,
+    seq_lens: jax.Array,
+    query_starts: jax.Array,
+    options: AttentionOptions,
+    tiling: Tiling,
+    *,
+    group: int,
+    value_lanes: int,
+    name: str,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The kernel on rows as they stand in pages, each head's queries at the lanes of its keys.
+
+    Args:
+        q: [T, heads, lanes], zero at the lanes of its row that are not its keys.
+        new: [T, rows, lanes] of the new tokens, in the dtype of the pages.
+        pages: [layers, pages, page_size, rows, lanes].
+        group: heads that are computed together; they share their keys.
+        value_lanes: how many of a row's first lanes the output has.
+
+    Returns:
+        out [T, heads, value_lanes], zero in padding; pages; and lse [T, heads], zero unless
+        `options.return_lse`.
+
+    Raises:
+        ValueError: as `attend`.
+    """
+    _refuse_unsupported(page_table, pages, options)
+    (num_tokens, heads, lanes), page_size = q.shape, pages.shape[2]
+    if tiling.keys % page_size or (tiling.queries > 1 and tiling.queries % STRIP):
+        raise ValueError(
+            f"{tiling} must have keys in whole pages of {page_size}, and 1 query or a multiple of {STRIP}."
+        )
+    sequence, position, is_real = token_positions(seq_lens, query_starts, num_tokens)
     row_words = _row_words(options)
     given = [x for x in (options.sinks, options.alibi_slopes, row_words) if x is not None]
     scales = [jnp.float32(1) if x is None else x for x in (options.k_scale, options.v_scale)]
@@ -71,27 +118,28 @@ def attend(
     call = pl.pallas_call(
         functools.partial(kernel, options=options, tiling=tiling, group=group),
         out_shape=(
-            jax.ShapeDtypeStruct((num_tokens, heads, lanes), q.dtype),
-            jax.ShapeDtypeStruct((*kv_pages.shape[:3], num_rows, lanes), kv_pages.dtype),
+            jax.ShapeDtypeStruct((num_tokens, heads, value_lanes), q.dtype),
+            jax.ShapeDtypeStruct(pages.shape, pages.dtype),
             jax.ShapeDtypeStruct((lse_rows, heads, LANES), jnp.float32),
         ),
         in_specs=[smem] * (5 + len(given)) + [hbm] * 4,
         out_specs=(hbm, hbm, hbm),
         scratch_shapes=scratch_shapes(
             q.dtype,
-            kv_pages.dtype,
+            pages.dtype,
             heads,
             group,
-            (num_rows, lanes),
+            (pages.shape[3], lanes),
+            value_lanes,
             page_table.shape[1],
             0 if row_words is None else row_words.size // num_tokens,
             options.return_lse,
             tiling,
         ),
         input_output_aliases={8 + len(given): 1},
-        cost_estimate=_cost(q, kv_pages, page_table),
+        cost_estimate=_cost(q, value_lanes, pages, page_table),
         compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM_BYTES, disable_bounds_checks=True),
-        name="ragged_paged_attention",
+        name=name,
     )
     out, pages, lse = call(
         jnp.asarray(layer, jnp.int32).reshape(1),
@@ -101,12 +149,12 @@ def attend(
         jnp.stack(scales),
         *given,
         page_table[:, None],
-        _spread(q, kv_heads, lanes),
-        new.reshape(num_tokens, num_rows, lanes),
-        kv_pages.reshape(*kv_pages.shape[:3], num_rows, lanes),
+        q,
+        new,
+        pages,
     )
-    out = jnp.where(is_real[:, None, None], _gather(out, kv_heads, head_dim), jnp.zeros((), out.dtype))
-    return out, pages.reshape(kv_pages.shape), lse[:, :, 0] if options.return_lse else jnp.zeros(q.shape[:2])
+    out = jnp.where(is_real[:, None, None], out, jnp.zeros((), out.dtype))
+    return out, pages, lse[:, :, 0] if options.return_lse else jnp.zeros((num_tokens, heads))
 
 
 def page_rows(kv_heads: int, head_dim: int) -> tuple[int, int]:
@@ -199,15 +247,17 @@ def _refuse_unsupported(page_table: jax.Array, kv_pages: jax.Array, options: Att
         )
 
 
-def _cost(q: jax.Array, kv_pages: jax.Array, page_table: jax.Array) -> pl.CostEstimate:
+def _cost(q: jax.Array, value_lanes: int, pages: jax.Array, page_table: jax.Array) -> pl.CostEstimate:
     """The cost of a batch that fills its page table: lengths are not known when this is compiled."""
-    tokens, heads, head_dim = q.shape
-    num_seqs, pages = page_table.shape
-    keys = pages * kv_pages.shape[2]
-    page_bytes = math.prod(kv_pages.shape[2:]) * kv_pages.dtype.itemsize
-    new_bytes = 2 * tokens * page_bytes // kv_pages.shape[2]
+    tokens, heads, lanes = q.shape
+    num_seqs, pages_per_seq = page_table.shape
+    keys = pages_per_seq * pages.shape[2]
+    page_bytes = math.prod(pages.shape[2:]) * pages.dtype.itemsize
+    new_bytes = 2 * tokens * page_bytes // pages.shape[2]
     return pl.CostEstimate(
-        flops=4 * tokens * heads * head_dim * keys,
+        flops=2 * tokens * heads * (lanes + value_lanes) * keys,
         transcendentals=tokens * heads * keys,
-        bytes_accessed=num_seqs * pages * page_bytes + 2 * q.size * q.dtype.itemsize + new_bytes,
+        bytes_accessed=num_seqs * pages_per_seq * page_bytes
+        + tokens * heads * (lanes + value_lanes) * q.dtype.itemsize
+        + new_bytes,
     )

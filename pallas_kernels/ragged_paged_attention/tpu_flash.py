@@ -7,6 +7,7 @@ other. The rows of a head's tile are its group of query heads times the tile's q
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -55,12 +56,16 @@ def scratch_shapes(
     heads: int,
     group: int,
     page_rows: tuple[int, int],
+    value_lanes: int,
     pages_per_seq: int,
     words_per_row: int,
     return_lse: bool,
     tiling: Tiling,
 ) -> Scratch:
-    """The buffers for pages of page_rows = (rows, lanes) a token and words_per_row words a query."""
+    """The buffers for pages of page_rows = (rows, lanes) a token and words_per_row words a query.
+
+    value_lanes are the first lanes of a row, of those that the output has.
+    """
     kv_heads, rows, lanes = heads // group, group * tiling.queries, page_rows[1]
     # 8-bit numbers are exact in bfloat16.
     wide = jnp.float32 in (q_dtype, cache_dtype)
@@ -73,9 +78,9 @@ def scratch_shapes(
         queries=pltpu.VMEM((kv_heads * rows, lanes), compute_dtype),
         running_max=pltpu.VMEM((kv_heads * rows, LANES), jnp.float32),
         running_sum=pltpu.VMEM((kv_heads * rows, _sum_lanes(tiling)), jnp.float32),
-        acc=pltpu.VMEM((kv_heads * rows, lanes), jnp.float32),
+        acc=pltpu.VMEM((kv_heads * rows, value_lanes), jnp.float32),
         row_words=pltpu.VMEM((max(1, words_per_row), tiling.queries, 1), jnp.int32),
-        out_tile=pltpu.VMEM((tiling.queries, heads, lanes), q_dtype),
+        out_tile=pltpu.VMEM((tiling.queries, heads, value_lanes), q_dtype),
         lse_tile=pltpu.VMEM((tiling.queries if return_lse else 1, heads, LANES), jnp.float32),
         table_arrived=pltpu.SemaphoreType.DMA((2,)),
         kv_arrived=pltpu.SemaphoreType.DMA((RING,)),
@@ -117,7 +122,7 @@ class FlashTile:
     def start(self, item: Item, tile: Tile, slot: jax.Array, height: int) -> None:
         """Takes the tile's queries from their ring slot, and begins an empty softmax."""
         scratch = self.scratch
-        rows, lanes = self.heads * height, scratch.queries.shape[1]
+        rows = self.heads * height
 
         def take(first: jax.Array | int, count: int) -> None:
             queries = scratch.q_tiles[slot, pl.ds(first, count)].astype(scratch.queries.dtype)
@@ -128,7 +133,7 @@ class FlashTile:
             scratch.queries[:rows] = scratch.q_tiles[slot, 0].astype(scratch.queries.dtype)
         else:
             _in_strips(tile.num_queries, take)
-        scratch.acc[:rows] = jnp.zeros((rows, lanes), jnp.float32)
+        scratch.acc[:rows] = jnp.zeros((rows, scratch.acc.shape[1]), jnp.float32)
         sums = (rows, scratch.running_sum.shape[1])
         if self.sinks is None:
             scratch.running_max[:rows] = jnp.full((rows, LANES), MASKED)
@@ -179,11 +184,11 @@ class FlashTile:
         logits = jnp.concatenate(
             [
                 dot(
-                    scratch.queries[pl.ds(head * rows, rows)],
-                    scratch.separate[self._rows_of(head)[0]],
+                    scratch.queries[pl.ds(first * rows, count * rows)],
+                    scratch.separate[keys],
                     (((1,), (1,)), ((), ())),
                 )
-                for head in heads
+                for first, count, keys, _ in self._of_one_row(heads)
             ]
         )
         logits = options.cap(logits * (options.scale * self.scales[0]))
@@ -206,11 +211,11 @@ class FlashTile:
         partial = jnp.concatenate(
             [
                 dot(
-                    weights[index * rows : (index + 1) * rows],
-                    scratch.separate[self._rows_of(head)[1]],
+                    weights[(first - heads.start) * rows : (first - heads.start + count) * rows],
+                    self._values(row),
                     (((1,), (0,)), ((), ())),
                 )
-                for index, head in enumerate(heads)
+                for first, count, _, row in self._of_one_row(heads)
             ]
         )
         scratch.acc[own] = _lanes(decay, partial.shape[1]) * scratch.acc[own] + partial
@@ -280,6 +285,16 @@ class FlashTile:
         if page_rows == 2 * kv_heads:
             return 2 * kv_head, 2 * kv_head + 1
         return kv_head * page_rows // kv_heads, kv_head * page_rows // kv_heads
+
+    def _of_one_row(self, heads: range) -> list[tuple[int, int, int, int]]:
+        """(first head, how many, row of their keys, row of their values) of heads that one product serves."""
+        runs = [(rows, list(run)) for rows, run in itertools.groupby(heads, self._rows_of)]
+        return [(run[0], len(run), *rows) for rows, run in runs]
+
+    def _values(self, row: int) -> jax.Array:
+        """[keys, value lanes] of a row of the block."""
+        width, separate = self.scratch.acc.shape[1], self.scratch.separate
+        return separate[row] if width == separate.shape[2] else separate[row, :, :width]
 
     def finish(self, tile: Tile, height: int) -> None:
         """Divides by the sums, and lays the tile out as it leaves: [height, heads, lanes]."""

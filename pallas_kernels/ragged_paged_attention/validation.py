@@ -21,17 +21,10 @@ def validate(
     options: AttentionOptions,
 ) -> None:
     """Raises ValueError with the argument, what it was and what it may be."""
-    _validate_shapes(q, k, v, kv_pages, page_table, seq_lens, query_starts)
+    _validate_shapes(q, k, v, kv_pages)
+    validate_batch(page_table, seq_lens, query_starts)
     num_tokens, num_heads, _ = q.shape
-    if options.window is not None and options.window < 1:
-        raise ValueError(f"window={options.window} must be at least 1, or None for full attention.")
-    if options.soft_cap is not None and not options.soft_cap > 0:
-        raise ValueError(f"soft_cap={options.soft_cap} must be positive, or None for no cap.")
-    if options.decode_only and num_tokens != page_table.shape[0]:
-        raise ValueError(
-            f"decode_only needs one query row per sequence; got {num_tokens} rows and "
-            f"{page_table.shape[0]} sequences."
-        )
+    validate_options(num_tokens, page_table.shape[0], options)
     expected_shapes = {
         "sinks": (num_heads,),
         "alibi_slopes": (num_heads,),
@@ -55,6 +48,28 @@ def validate(
         raise ValueError("int8 pages need k_scale and v_scale; give both.")
 
 
+def validate_options(num_tokens: int, num_seqs: int, options: AttentionOptions) -> None:
+    """That plain numbers are in their range, and `decode_only` can be true."""
+    if options.window is not None and options.window < 1:
+        raise ValueError(f"window={options.window} must be at least 1, or None for full attention.")
+    if options.soft_cap is not None and not options.soft_cap > 0:
+        raise ValueError(f"soft_cap={options.soft_cap} must be positive, or None for no cap.")
+    if options.decode_only and num_tokens != num_seqs:
+        raise ValueError(
+            f"decode_only needs one query row per sequence; got {num_tokens} rows and {num_seqs} sequences."
+        )
+
+
+def validate_batch(page_table: jax.Array, seq_lens: jax.Array, query_starts: jax.Array) -> None:
+    """That the three speak of as many sequences."""
+    num_seqs = page_table.shape[0]
+    if seq_lens.shape != (num_seqs,) or query_starts.shape != (num_seqs + 1,):
+        raise ValueError(
+            f"page_table has {num_seqs} sequences, so seq_lens must be [{num_seqs}] and query_starts "
+            f"[{num_seqs + 1}]; got {seq_lens.shape} and {query_starts.shape}."
+        )
+
+
 def _validate_tree_mask(tree_mask: jax.Array, num_tokens: int) -> None:
     if tree_mask.ndim != 2 or tree_mask.shape[0] != num_tokens or tree_mask.shape[1] == 0:
         raise ValueError(
@@ -64,15 +79,7 @@ def _validate_tree_mask(tree_mask: jax.Array, num_tokens: int) -> None:
         raise ValueError(f"tree_mask must be bool; got {tree_mask.dtype.name}.")
 
 
-def _validate_shapes(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    kv_pages: jax.Array,
-    page_table: jax.Array,
-    seq_lens: jax.Array,
-    query_starts: jax.Array,
-) -> None:
+def _validate_shapes(q: jax.Array, k: jax.Array, v: jax.Array, kv_pages: jax.Array) -> None:
     if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or q.shape[0] != k.shape[0]:
         raise ValueError(
             f"q must be [T, heads, head_dim], and k and v alike [T, kv_heads, head_dim]; got {q.shape}, "
@@ -88,10 +95,4 @@ def _validate_shapes(
         raise ValueError(
             "kv_pages must be [layers, pages, page_size, 2 * kv_heads, head_dim] with "
             f"2 * kv_heads = {2 * num_kv_heads} and head_dim = {head_dim}; got {kv_pages.shape}."
-        )
-    num_seqs = page_table.shape[0]
-    if seq_lens.shape != (num_seqs,) or query_starts.shape != (num_seqs + 1,):
-        raise ValueError(
-            f"page_table has {num_seqs} sequences, so seq_lens must be [{num_seqs}] and query_starts "
-            f"[{num_seqs + 1}]; got {seq_lens.shape} and {query_starts.shape}."
         )

@@ -136,30 +136,32 @@ def check(
     real = batch.query_starts[-1]
     assert out.dtype == batch.q.dtype and out.shape == batch.q.shape
     assert np.isfinite(out.astype(np.float32)).all(), "not finite"
-    _check_cache(batch, cache, expected_cache)
+    check_cache(batch.kv_pages, batch.layer, cache, expected_cache)
     tolerance = TOLERANCE[shape.dtype]
-    _check_norm(out[:real].astype(np.float64), exact[:real], tolerance)
+    check_norm(out[:real].astype(np.float64), exact[:real], tolerance)
     if shape.lse:
         assert lse is not None and lse.dtype == np.float32
         finite = np.isfinite(exact_lse[:real])
         np.testing.assert_array_equal(lse[:real][~finite], exact_lse[:real][~finite])
-        _check_norm(lse[:real][finite].astype(np.float64), exact_lse[:real][finite], tolerance)
+        check_norm(lse[:real][finite].astype(np.float64), exact_lse[:real][finite], tolerance)
 
 
-def _check_cache(batch: Batch, cache: np.ndarray, expected: np.ndarray) -> None:
+def check_cache(before: np.ndarray, layer: int, cache: np.ndarray, expected: np.ndarray) -> None:
+    """That pages [layers, pages, ...] are what is expected of them, bit for bit."""
     # The null page may hold anything in the layer that was written, but it must be harmless.
-    null = cache[batch.layer, 0].astype(np.float32)
-    assert np.isfinite(null[~np.isnan(batch.kv_pages[batch.layer, 0].astype(np.float32))]).all()
+    null = cache[layer, 0].astype(np.float32)
+    assert np.isfinite(null[~np.isnan(before[layer, 0].astype(np.float32))]).all()
     assert cache.dtype == expected.dtype
     unsigned = f"u{cache.dtype.itemsize}"
     cache, expected = cache.copy(), expected.copy()
-    cache[batch.layer, 0] = expected[batch.layer, 0] = 0
+    cache[layer, 0] = expected[layer, 0] = 0
     # As numbers first, since the bits of one NaN and another may differ; then zeros by their sign.
     is_number = ~np.isnan(expected.astype(np.float32))
     np.testing.assert_array_equal(np.isnan(cache.astype(np.float32)), ~is_number)
     np.testing.assert_array_equal(cache.view(unsigned)[is_number], expected.view(unsigned)[is_number])
 
 
-def _check_norm(result: np.ndarray, exact: np.ndarray, tolerance: float) -> None:
+def check_norm(result: np.ndarray, exact: np.ndarray, tolerance: float) -> None:
+    """That the relative error in norm is within the tolerance."""
     error, size = np.linalg.norm(result - exact), np.linalg.norm(exact)
     assert error <= tolerance * size, f"relative error {error / size:.2e}, allowed {tolerance:.0e}"
