@@ -13,54 +13,18 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from benchmarks.shapes import SHAPES, write_model_directory
+from jaxllm.models.families import checkpoint_table, translate_config
 
 _DTYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 _SHARD_BYTES = 2 << 30
 
 
 def tensor_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of the tensors of a Llama, Mistral, Qwen3, Mixtral or Qwen3-MoE checkpoint."""
-    hidden = config["hidden_size"]
-    intermediate = config["intermediate_size"]
-    head_dim = config.get("head_dim") or hidden // config["num_attention_heads"]
-    queries = config["num_attention_heads"] * head_dim
-    keys = config["num_key_value_heads"] * head_dim
-    yield "model.embed_tokens.weight", (config["vocab_size"], hidden)
-    for layer in range(config["num_hidden_layers"]):
-        prefix = f"model.layers.{layer}"
-        yield f"{prefix}.input_layernorm.weight", (hidden,)
-        yield f"{prefix}.self_attn.q_proj.weight", (queries, hidden)
-        yield f"{prefix}.self_attn.k_proj.weight", (keys, hidden)
-        yield f"{prefix}.self_attn.v_proj.weight", (keys, hidden)
-        yield f"{prefix}.self_attn.o_proj.weight", (hidden, queries)
-        if config["model_type"] in ("qwen3", "qwen3_moe"):
-            yield f"{prefix}.self_attn.q_norm.weight", (head_dim,)
-            yield f"{prefix}.self_attn.k_norm.weight", (head_dim,)
-        yield f"{prefix}.post_attention_layernorm.weight", (hidden,)
-        yield from _mlp_shapes(config, prefix, hidden, intermediate)
-    yield "model.norm.weight", (hidden,)
-    if not config["tie_word_embeddings"]:
-        yield "lm_head.weight", (config["vocab_size"], hidden)
-
-
-def _mlp_shapes(
-    config: dict[str, Any], prefix: str, hidden: int, intermediate: int
-) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The MLP of a layer, or its router and experts."""
-    block, names = "mlp", ("gate_proj", "up_proj", "down_proj")
-    if config["model_type"] == "mixtral":
-        block, names = "block_sparse_moe", ("w1", "w3", "w2")
-    num_experts = config.get("num_local_experts") or config.get("num_experts")
-    inner = config.get("moe_intermediate_size") or intermediate
-    blocks = [f"{prefix}.{block}"]
-    if num_experts:
-        yield f"{prefix}.{block}.gate.weight", (num_experts, hidden)
-        blocks = [f"{prefix}.{block}.experts.{expert}" for expert in range(num_experts)]
-    gate, up, down = names
-    for name in blocks:
-        yield f"{name}.{gate}.weight", (inner, hidden)
-        yield f"{name}.{up}.weight", (inner, hidden)
-        yield f"{name}.{down}.weight", (hidden, inner)
+    """Names and shapes of the tensors of a checkpoint, as the model's family publishes them."""
+    table = checkpoint_table(translate_config(config))
+    pieces = (*table.pieces, *(table.alternatives[0] if table.alternatives else ()))
+    for name, shape in {name: piece.disk_shape for piece in pieces for name in piece.names}.items():
+        yield name if name == "lm_head.weight" else table.prefixes[0] + name, shape
 
 
 def random_tensor(name: str, shape: tuple[int, ...], *, scale: float, seed: int) -> np.ndarray:

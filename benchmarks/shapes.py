@@ -59,6 +59,35 @@ def _qwen3(**fields: Any) -> dict[str, Any]:
     )
 
 
+def _deepseek(**fields: Any) -> dict[str, Any]:
+    """DeepSeek-V2-Lite and V3 as published, but for what V3's quantized weights would need."""
+    scale = fields.pop("mscale")
+    return _llama(
+        **{
+            "rms_norm_eps": 1e-6,
+            "kv_lora_rank": 512,
+            "qk_nope_head_dim": 128,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 128,
+            "moe_layer_freq": 1,
+            "ep_size": 1,
+            "max_position_embeddings": 163840,
+            "rope_theta": 10000,
+            "rope_scaling": {
+                "type": "yarn",
+                "factor": 40,
+                "original_max_position_embeddings": 4096,
+                "beta_fast": 32,
+                "beta_slow": 1,
+                "mscale": scale,
+                "mscale_all_dim": scale,
+            },
+            "tie_word_embeddings": False,
+            **fields,
+        }
+    )
+
+
 # Name -> Hugging Face config.json.
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-135m": _llama(
@@ -161,6 +190,59 @@ SHAPES: dict[str, dict[str, Any]] = {
         decoder_sparse_step=1,
         mlp_only_layers=[],
         tie_word_embeddings=False,
+    ),
+    "deepseek-v2-lite": _deepseek(
+        architectures=["DeepseekV2ForCausalLM"],
+        model_type="deepseek_v2",
+        vocab_size=102400,
+        hidden_size=2048,
+        intermediate_size=10944,
+        moe_intermediate_size=1408,
+        num_hidden_layers=27,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        q_lora_rank=None,
+        n_routed_experts=64,
+        n_shared_experts=2,
+        num_experts_per_tok=6,
+        first_k_dense_replace=1,
+        n_group=1,
+        topk_group=1,
+        topk_method="greedy",
+        scoring_func="softmax",
+        norm_topk_prob=False,
+        routed_scaling_factor=1.0,
+        aux_loss_alpha=0.001,
+        seq_aux=True,
+        mscale=0.707,
+        bos_token_id=100000,
+        eos_token_id=100001,
+    ),
+    "deepseek-v3": _deepseek(
+        architectures=["DeepseekV3ForCausalLM"],
+        model_type="deepseek_v3",
+        vocab_size=129280,
+        hidden_size=7168,
+        intermediate_size=18432,
+        moe_intermediate_size=2048,
+        num_hidden_layers=61,
+        num_attention_heads=128,
+        num_key_value_heads=128,
+        q_lora_rank=1536,
+        n_routed_experts=256,
+        n_shared_experts=1,
+        num_experts_per_tok=8,
+        first_k_dense_replace=3,
+        n_group=8,
+        topk_group=4,
+        topk_method="noaux_tc",
+        scoring_func="sigmoid",
+        norm_topk_prob=True,
+        routed_scaling_factor=2.5,
+        num_nextn_predict_layers=1,
+        mscale=1.0,
+        bos_token_id=0,
+        eos_token_id=1,
     ),
 }
 

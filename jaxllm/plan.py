@@ -128,16 +128,14 @@ def print_layout(layout: Layout, title: str) -> None:
             _size(array.device_bytes),
         )
     table.add_section()
-    model, shard = layout.fitted, layout.fitted.num_kv_heads // layout.tensor
+    model, (rows, width) = layout.fitted, layout.fitted.cache_rows
     pages = max(layout.num_pages, 0) + 1
     axes = {"pages by data": layout.data, "layers by pipe": layout.pipe, "kv_heads by tensor": layout.tensor}
     table.add_row(
         "KV cache",
-        _shape(
-            (model.num_layers, pages * layout.data, layout.page_size, 2 * model.num_kv_heads, model.head_dim)
-        ),
+        _shape((model.num_layers, pages * layout.data, layout.page_size, rows, width)),
         ", ".join(name for name, size in axes.items() if size > 1) or "-",
-        _shape((len(layout.layers_of(0)), pages, layout.page_size, 2 * shard, model.head_dim)),
+        _shape((len(layout.layers_of(0)), pages, layout.page_size, rows // layout.tensor, width)),
         _size(pages * layout.page_bytes * layout.data * layout.tensor * layout.pipe),
         _size(pages * layout.page_bytes),
     )

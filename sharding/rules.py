@@ -21,6 +21,7 @@ DEFAULT_RULES: Rules = {
     "batch": "data",
     "embed": None,
     "experts": ("data", "tensor"),
+    "heads": "tensor",
     "kv_heads": "tensor",
     "layers": "pipe",
     "mlp": "tensor",

@@ -49,6 +49,8 @@ PARAMETERS = {
     "qwen3-8b": 8.19,
     "mixtral-8x7b": 46.7,
     "qwen3-30b-a3b": 30.53,
+    "deepseek-v2-lite": 15.7,
+    "deepseek-v3": 671,
 }
 
 

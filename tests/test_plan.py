@@ -57,8 +57,22 @@ def test_llama_70b_on_eight_devices_by_hand() -> None:
     assert layout.concurrency == layout.num_tokens / 8192
 
 
+def test_deepseek_v3_on_eight_devices_by_hand() -> None:
+    layout = layout_of("deepseek-v3", tensor=8)
+    # Split by heads, by inner widths, and by the vocabulary, filled up to whole chunks of every shard.
+    attention = 128 * (1536 * 192 + 512 * (128 + 128) + 128 * 7168)
+    experts = 58 * (256 + 1) * 3 * 2048 * 7168 + 3 * 3 * 18432 * 7168
+    split = 61 * attention + experts + 2 * 131072 * 7168
+    projections = 61 * 7168 * (1536 + 512 + 64) + 58 * (256 * 7168 + 256)
+    norms = 61 * (2 * 7168 + 1536 + 512) + 7168
+    assert layout.num_bytes == 2 * (split + projections + norms)
+    assert layout.device_bytes == 2 * (split // 8 + projections + norms)
+    # One row a token, which every device has.
+    assert layout.page_bytes == 61 * 16 * (512 + 64) * 2
+
+
 @pytest.mark.parametrize(("tensor", "pipe"), [(1, 1), (2, 1), (16, 1), (4, 2), (8, 4)])
-@pytest.mark.parametrize("name", ["llama-3.1-70b", "qwen3-30b-a3b"])
+@pytest.mark.parametrize("name", ["llama-3.1-70b", "qwen3-30b-a3b", "deepseek-v3"])
 def test_shapes_are_those_that_an_engine_compiles_for(name: str, tensor: int, pipe: int) -> None:
     model = translate_config(SHAPES[name])
     mesh = AbstractMesh((1, pipe, tensor), MESH_AXES)
@@ -152,7 +166,7 @@ def test_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ({}, ["-pp", "33"], "pipeline_parallel_size=33 is more than the 32 layers"),
         ({}, ["--enable-expert-parallel"], "LlamaForCausalLM has no experts"),
         ({}, ["--device", "v5e"], "Raise --tensor-parallel-size, or lower --max-model-len"),
-        ({"architectures": ["DeepseekV3ForCausalLM"]}, [], "architectures=['DeepseekV3ForCausalLM']"),
+        ({"architectures": ["MambaForCausalLM"]}, [], "architectures=['MambaForCausalLM']"),
     ],
 )
 def test_what_cannot_be_is_an_error(
@@ -174,7 +188,7 @@ def test_stages_of_unlike_layers_are_refused(tmp_path: Path, capsys: pytest.Capt
     assert "pipeline_parallel_size=2: some layers of this Qwen3MoeForCausalLM have" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["opt", "gpt2", "qwen2-moe", "mixtral"])
+@pytest.mark.parametrize("name", ["opt", "gpt2", "qwen2-moe", "mixtral", "deepseek-v2"])
 def test_every_family_has_a_plan(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text(json.dumps(dict(CASES[name].config)))
     assert main([str(tmp_path), "--max-num-seqs", "8"]) == 0

@@ -19,6 +19,7 @@ from jaxllm.execution.platform import Platform, compute_capability
 from jaxllm.execution.pooling import PoolingRunner
 from jaxllm.execution.runner import Runner
 from jaxllm.layers.attention import choose_backend
+from jaxllm.layers.latent_attention import choose_latent_backend
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.decoder import DecoderForm
 from jaxllm.models.families import translate_config
@@ -27,6 +28,7 @@ from jaxllm.models.hub import read_config, resolve_model
 from jaxllm.models.loader import load_parameters
 from jaxllm.models.pipelined_decoder import make_decoder
 from jaxllm.models.pooler_fields import resolve_pooling
+from pallas_kernels.ragged_paged_attention import Backend
 from sharding import ShardingError, check_every_host_takes_part, make_mesh
 
 logger = logging.getLogger(__name__)
@@ -65,9 +67,7 @@ def build_runner(
         dtype=jnp.dtype(config.dtype),
         feature_major=platform.feature_major,
         stack_layers=platform.stack_layers or mesh.shape["pipe"] > 1,
-        attention_backend=choose_backend(
-            config.attention_backend, platform.name, model.head_dim, compute_capability()
-        ),
+        attention_backend=_attention_backend(config, model, platform),
         # One device needs no mesh, and its steps are compiled without one.
         mesh=mesh if mesh.size > 1 else None,
         expert_parallel=config.enable_expert_parallel,
@@ -118,6 +118,13 @@ def build_runner(
         runner.close()
         raise
     return runner, num_pages
+
+
+def _attention_backend(config: EngineConfig, model: ModelConfig, platform: Platform) -> Backend:
+    """Which kernel attends, by what there is to attend to."""
+    if model.mla is not None:
+        return choose_latent_backend(config.attention_backend, platform.name)
+    return choose_backend(config.attention_backend, platform.name, model.head_dim, compute_capability())
 
 
 def _mesh(config: EngineConfig) -> Mesh:

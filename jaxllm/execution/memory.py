@@ -17,9 +17,10 @@ from jaxllm.config import EngineConfig
 from jaxllm.errors import InsufficientMemoryError
 from jaxllm.execution.abstract import is_read_in_rows
 from jaxllm.execution.platform import free_memory
+from jaxllm.models.attention_kind import cache_bytes_per_token
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.parameters import ParameterSpec
-from pallas_kernels.ragged_paged_attention import Backend, cache_bytes_per_token
+from pallas_kernels.ragged_paged_attention import Backend
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +30,7 @@ _CPU_SEQUENCES = 2  # and no more than this many times what max_num_seqs full se
 
 def page_bytes(model: ModelConfig, page_size: int, dtype: jnp.dtype, backend: Backend = "xla") -> int:
     """Bytes of one KV page over all layers, as the attention backend has it held."""
-    a_token = cache_bytes_per_token(backend, model.num_kv_heads, model.head_dim, jnp.dtype(dtype))
-    return model.num_layers * page_size * a_token
+    return model.num_layers * page_size * cache_bytes_per_token(model, backend, jnp.dtype(dtype))
 
 
 def weight_bytes(specs: Mapping[str, ParameterSpec], dtype: jnp.dtype, backend: Backend = "xla") -> int:
@@ -49,7 +49,10 @@ def step_bytes(config: EngineConfig, model: ModelConfig, dtype: jnp.dtype) -> in
     """An estimate, from above, of what the largest step holds besides weights and cache."""
     tokens, seqs = config.max_num_batched_tokens or 0, config.max_num_seqs or 0
     width = 6 * model.hidden_size + 4 * model.intermediate_size
-    width += 4 * (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    if model.mla is None:
+        width += 4 * (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    else:  # queries in both forms, and outputs in latents
+        width += 4 * (model.num_heads * (model.head_dim + 2 * model.mla.width) + model.mla.width)
     if model.moe is not None:  # a row for each expert that a token takes: sorted, inner, and summed
         rows = 4 * model.hidden_size + 3 * model.moe.intermediate_size
         taken: float = model.moe.experts_per_token

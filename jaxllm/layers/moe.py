@@ -16,6 +16,7 @@ from jax import lax
 from jaxllm.layers.expert_exchange import block_size, exchange
 from jaxllm.layers.linear import Linear, OneOfStack, apply_weight, declare
 from jaxllm.layers.mlp import ACTIVATIONS, MLP
+from jaxllm.layers.router import Router
 from jaxllm.models.config import ModelConfig, MoEConfig
 from pallas_kernels.grouped_matmul import grouped_matmul
 from sharding import MeshAxes, names_of
@@ -98,14 +99,14 @@ class MoE(nnx.Module):
         exchange_over: str | None = None,
     ) -> None:
         linear = functools.partial(Linear, bias=False, dtype=dtype, feature_major=feature_major)
-        self.router = linear((moe.num_experts,), (config.hidden_size,), (None,), ("embed",))
+        self.router = Router(config.hidden_size, moe, dtype, feature_major)
         self.experts = Experts(config, moe, dtype, whole=expert_parallel)
         has_shared = moe.shared_intermediate_size > 0
         self.shared = MLP(config, moe.shared_intermediate_size, dtype, feature_major) if has_shared else None
-        self.shared_gate = linear((1,), (config.hidden_size,), (None,), ("embed",)) if has_shared else None
+        has_gate = has_shared and moe.shared_gate
+        self.shared_gate = linear((1,), (config.hidden_size,), (None,), ("embed",)) if has_gate else None
         self.num_experts = moe.num_experts
         self.experts_per_token = moe.experts_per_token
-        self.normalize_weights = moe.normalize_weights
         self.feature_major = feature_major
         self.split_over = split_over
         self.expert_parallel = expert_parallel
@@ -114,15 +115,17 @@ class MoE(nnx.Module):
     def __call__(self, x: jax.Array, num_tokens: jax.Array) -> jax.Array:
         """x: [T, D] or [D, T], of which only so many first tokens are real; returns the same shape."""
         out = self._routed(x, num_tokens)
-        if self.shared is not None and self.shared_gate is not None:
-            out = out + jax.nn.sigmoid(self.shared_gate(x)) * self.shared(x)
+        if self.shared is not None:
+            shared = self.shared(x)
+            if self.shared_gate is not None:
+                shared = jax.nn.sigmoid(self.shared_gate(x)) * shared
+            out = out + shared
         return out if self.split_over is None else lax.psum(out, self.split_over)
 
     def _routed(self, x: jax.Array, num_tokens: jax.Array) -> jax.Array:
         """What the experts of this device say, weighted and summed."""
-        logits = self.router(x)
-        tokens, logits = (x.T, logits.T) if self.feature_major else (x, logits)
-        weights, chosen = self._route(logits)
+        weights, chosen = self.router.choose(x)
+        tokens = x.T if self.feature_major else x
         is_real = (jnp.arange(tokens.shape[0]) < num_tokens)[:, None]
         # Padding, and experts that others add, are nobody's.
         through = self._through_own if self.exchange_over is None else self._through_all
@@ -181,11 +184,3 @@ class MoE(nnx.Module):
         if self.split_over is None or not self.expert_parallel:
             return 0, self.num_experts
         return lax.axis_index(self.split_over), self.num_experts // lax.axis_size(self.split_over)
-
-    def _route(self, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """logits [T, experts] to weights float32[T, k] and numbers int32[T, k] of a token's experts."""
-        probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
-        weights, chosen = lax.top_k(probabilities, self.experts_per_token)
-        if self.normalize_weights:
-            weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-        return weights, chosen

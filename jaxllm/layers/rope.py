@@ -73,10 +73,14 @@ def rotation_table(rope: RopeConfig, positions: jax.Array, lengths: jax.Array) -
     )
 
 
-def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array], feature_major: bool) -> jax.Array:
+def rotate(
+    x: jax.Array, table: tuple[jax.Array, jax.Array], feature_major: bool, *, interleaved: bool = False
+) -> jax.Array:
     """Rotates the leading rotary_dim dimensions of heads, halves paired.
 
-    x: [T, heads..., head_dim], or [heads..., head_dim, T] where `feature_major`.
+    x: [T, heads..., head_dim], or [heads..., head_dim, T] where `feature_major`. Where neighbours are
+    paired, `interleaved`, they come out as halves, first ones first: in queries and keys alike, so that
+    their products stay what they are.
     """
     if feature_major:
         cos, sin, axis = table[0].T, table[1].T, x.ndim - 2
@@ -84,7 +88,11 @@ def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array], feature_major: bool
         cos, sin = (t.reshape(t.shape[0], *[1] * (x.ndim - 2), t.shape[1]) for t in table)
         axis = x.ndim - 1
     half = table[0].shape[1]
-    first, second, rest = jnp.split(x, [half, 2 * half], axis=axis)
+    rotated, rest = jnp.split(x, [2 * half], axis=axis)
+    if interleaved:
+        first, second = (lax.slice_in_dim(rotated, i, None, stride=2, axis=axis) for i in range(2))
+    else:
+        first, second = jnp.split(rotated, 2, axis=axis)
     first, second = first.astype(jnp.float32), second.astype(jnp.float32)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=axis)
     return jnp.concatenate([rotated.astype(x.dtype), rest], axis=axis)

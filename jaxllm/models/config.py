@@ -21,6 +21,7 @@ class RopeConfig:
         original_max_position: training context, for `llama3`, `yarn` and `dynamic`.
         beta_fast, beta_slow: of `yarn` (Peng et al. 2023, section 3.2).
         attention_factor: multiplies cos and sin (`yarn`).
+        interleaved: pairs are neighbours (GPT-J, DeepSeek), rather than the halves of what is rotated.
     """
 
     theta: float
@@ -33,6 +34,7 @@ class RopeConfig:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     attention_factor: float = 1.0
+    interleaved: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,17 +66,25 @@ class Pooler:
 class MoEConfig:
     """Experts in place of the MLP, of which every token takes a few (Shazeer et al. 2017; Jiang et al. 2024).
 
-    A router's softmax over all experts weighs the most probable ones.
+    A router scores all experts; a token takes those of the highest scores, which are their weights.
 
     Attributes:
         num_experts: of each layer that has any.
         experts_per_token: how many a token takes.
         intermediate_size: inner width of an expert.
         layers: numbers of the layers that have experts, ascending; the others have an MLP.
-        normalize_weights: the weights of a token's experts are divided by their sum, which is the same
-            as a softmax over the logits of those alone.
-        shared_intermediate_size: inner width of one more expert, which every token takes, through a
-            sigmoid gate of its own (Qwen2-MoE); 0 where there is none.
+        normalize_weights: the weights of a token's experts are divided by their sum, which with softmax is
+            the same as one over the logits of those alone.
+        shared_intermediate_size: inner width of one more expert, which every token takes; 0 where there is
+            none.
+        shared_gate: the shared expert has a sigmoid gate of its own (Qwen2-MoE).
+        scoring: of an expert, from the router's logits.
+        selection_bias: a number of each expert takes part in which are chosen, and not in their weights
+            (DeepSeek-V3, DeepSeek-AI 2024, section 2.1.2).
+        num_groups, groups_per_token: the experts stand in groups, one after the other, and a token takes
+            experts of so many groups only (DeepSeek-V2, section 2.2.2).
+        group_experts: the scores of so many of its best experts sum up to that of a group.
+        weight_scale: multiplies the weights at last.
     """
 
     num_experts: int
@@ -83,10 +93,41 @@ class MoEConfig:
     layers: tuple[int, ...]
     normalize_weights: bool
     shared_intermediate_size: int = 0
+    shared_gate: bool = True
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    selection_bias: bool = False
+    num_groups: int = 1
+    groups_per_token: int = 1
+    group_experts: int = 1
+    weight_scale: float = 1.0
 
     def experts_read(self, num_tokens: int) -> float:
         """How many experts of a layer so many tokens take, if each of them is as likely as the others."""
         return self.num_experts * (1 - (1 - self.experts_per_token / self.num_experts) ** num_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class MLAConfig:
+    """Multi-head latent attention (DeepSeek-V2, DeepSeek-AI 2024, section 2.1): what is cached of a token is
+    one latent, which keys and values of all heads follow from, and one rotated key.
+
+    Attributes:
+        q_lora_rank: width that queries go through, too; 0 where they do not.
+        kv_lora_rank: width of the latent.
+        nope_head_dim, rope_head_dim: of a head's query and key, what is not rotated and what is.
+        value_head_dim: of a head's value.
+    """
+
+    q_lora_rank: int
+    kv_lora_rank: int
+    nope_head_dim: int
+    rope_head_dim: int
+    value_head_dim: int
+
+    @property
+    def width(self) -> int:
+        """Numbers of a token in a layer's cache."""
+        return self.kv_lora_rank + self.rope_head_dim
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +158,10 @@ class ModelConfig:
         embedding_norm: whether a norm follows the embeddings.
         pooler: what becomes of the hidden states in a pooling model; None where the model generates.
         moe: None where every layer has an MLP.
+        mla: latent attention, whose one row a token counts as one KV head, and head_dim as that of queries;
+            None where keys and values are cached.
+        extra_layers: layers behind the last one that a checkpoint carries and that are not run (to predict
+            several tokens at once).
         dtype: what the checkpoint's config says its weights are.
     """
 
@@ -152,6 +197,8 @@ class ModelConfig:
     embedding_norm: bool = False
     pooler: Pooler | None = None
     moe: MoEConfig | None = None
+    mla: MLAConfig | None = None
+    extra_layers: int = 0
     dtype: str = "float32"
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -166,15 +213,26 @@ class ModelConfig:
     def layer_parameters(self) -> int:
         """Weights of all layers' linear products that are used once a token."""
         hidden = self.hidden_size
-        attention = hidden * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
+        attention = self._attention_parameters
         mlp = (3 if self.gated_mlp else 2) * hidden * self.intermediate_size
         total = self.num_layers * attention + len(self.mlp_layers) * mlp
         if self.moe is not None:
             shared = self.moe.shared_intermediate_size
-            router = hidden * (self.moe.num_experts + (1 if shared else 0))
+            router = hidden * (self.moe.num_experts + (1 if shared and self.moe.shared_gate else 0))
             total += len(self.moe.layers) * (router + 3 * hidden * shared)
             total += self.moe.experts_per_token * self.expert_parameters
         return total
+
+    @property
+    def _attention_parameters(self) -> int:
+        """Weights of one layer's attention."""
+        hidden, heads, mla = self.hidden_size, self.num_heads, self.mla
+        if mla is None:
+            return hidden * self.head_dim * 2 * (heads + self.num_kv_heads)
+        rank = mla.q_lora_rank
+        queries = rank * (hidden + heads * self.head_dim) if rank else hidden * heads * self.head_dim
+        expanded = mla.kv_lora_rank * heads * (mla.nope_head_dim + mla.value_head_dim)
+        return queries + hidden * mla.width + expanded + heads * mla.value_head_dim * hidden
 
     @property
     def expert_parameters(self) -> int:
@@ -186,6 +244,13 @@ class ModelConfig:
     def head_parameters(self) -> int:
         """Weights of the product that yields the logits, whether tied to the embeddings or not."""
         return self.vocab_size * (self.embedding_dim or self.hidden_size)
+
+    @property
+    def cache_rows(self) -> tuple[int, int]:
+        """(rows, numbers in a row) of a token in a layer's cache."""
+        if self.mla is None:
+            return 2 * self.num_kv_heads, self.head_dim
+        return self.num_kv_heads, self.mla.width
 
     @property
     def queries_per_kv_head(self) -> int:

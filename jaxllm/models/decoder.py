@@ -14,7 +14,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from jaxllm.layers.attention import Attention, AttentionInputs, OneOfWindows
+from jaxllm.layers.attention import AttentionInputs, OneOfWindows
 from jaxllm.layers.embedding import Embedding
 from jaxllm.layers.linear import Linear, OneOfLayers, OneOfStack
 from jaxllm.layers.mlp import MLP
@@ -22,11 +22,12 @@ from jaxllm.layers.moe import MoE
 from jaxllm.layers.norm import hidden_norm
 from jaxllm.layers.pooler import PoolerHead
 from jaxllm.layers.rope import rotation_table
+from jaxllm.models.attention_kind import cache_rows, make_attention
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.fitting import fit_to_shards
 from jaxllm.models.graph import LikeLayers, groups_of_like_layers, merge_module, split_module
 from jaxllm.models.parameters import ParameterSpec
-from pallas_kernels.ragged_paged_attention import Backend, cache_rows
+from pallas_kernels.ragged_paged_attention import Backend
 from sharding import DEFAULT_RULES, MeshAxes, names_of, on_shards, partition_spec, sharded_top_k
 
 CACHE_AXES = ("layers", "pages", None, "kv_heads", None)
@@ -95,9 +96,8 @@ class DecoderLayer(nnx.Module):
 
     def __init__(self, config: ModelConfig, form: DecoderForm, *, has_experts: bool) -> None:
         self.attention_norm = hidden_norm(config, form.dtype, form.feature_major)
-        self.attention = Attention(
-            config, form.dtype, form.feature_major, form.attention_backend, form.mesh_axes("kv_heads")
-        )
+        split = form.mesh_axes("kv_heads")
+        self.attention = make_attention(config, form.dtype, form.feature_major, form.attention_backend, split)
         self.mlp_norm = hidden_norm(config, form.dtype, form.feature_major)
         self.mlp: MLP | MoE
         split = form.mesh_axes("mlp")
@@ -242,7 +242,7 @@ class Decoder:
             num_pages: of each replica.
         """
         model, shards = self.fitted, self.form.axis_size("tensor")
-        rows, width = cache_rows(self.form.attention_backend, model.num_kv_heads // shards, model.head_dim)
+        rows, width = cache_rows(model, self.form.attention_backend, shards)
         pages = num_pages * self.form.axis_size("data")
         return ParameterSpec((model.num_layers, pages, page_size, rows * shards, width), CACHE_AXES)
 

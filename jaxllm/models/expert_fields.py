@@ -46,7 +46,7 @@ OLMOE_DEFAULTS = {
 def experts_in_every_layer(fields: ConfigFields, *, normalize_weights: bool) -> MoEConfig:
     """Experts of `intermediate_size` in place of every MLP (Mixtral, OLMoE)."""
     layers = tuple(range(fields.integer("num_hidden_layers")))
-    return _experts(fields, fields.integer("intermediate_size"), layers, normalize_weights)
+    return read_experts(fields, fields.integer("intermediate_size"), layers, normalize_weights)
 
 
 def experts_in_some_layers(fields: ConfigFields, shared_intermediate_size: int = 0) -> MoEConfig | None:
@@ -59,13 +59,14 @@ def experts_in_some_layers(fields: ConfigFields, shared_intermediate_size: int =
     layers = tuple(i for i in range(num_layers) if i not in without and (i + 1) % step == 0)
     normalize = fields.boolean("norm_topk_prob", False)
     size = fields.integer("moe_intermediate_size")
-    moe = _experts(fields, size, layers, normalize, shared_intermediate_size)
+    moe = read_experts(fields, size, layers, normalize, shared_intermediate_size)
     return moe if layers else None
 
 
-def _experts(
+def read_experts(
     fields: ConfigFields, size: int, layers: tuple[int, ...], normalize_weights: bool, shared_size: int = 0
 ) -> MoEConfig:
+    """As many experts as the config says, of inner width `size`, in these layers."""
     num_experts = fields.integer("num_experts")
     chosen = fields.integer("num_experts_per_tok")
     if chosen > num_experts:

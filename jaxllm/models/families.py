@@ -12,6 +12,12 @@ from typing import Any
 
 from jaxllm.errors import ConfigError, UnsupportedModelError
 from jaxllm.models.config import Activation, ModelConfig
+from jaxllm.models.deepseek import (
+    DEEPSEEK_ALIASES,
+    DEEPSEEK_V2_DEFAULTS,
+    DEEPSEEK_V3_DEFAULTS,
+    deepseek_config,
+)
 from jaxllm.models.encoders import BERT_DEFAULTS, ROBERTA_DEFAULTS, bert_config
 from jaxllm.models.expert_fields import (
     EXPERTS_ALIASES,
@@ -25,9 +31,10 @@ from jaxllm.models.expert_fields import (
 from jaxllm.models.fields import ConfigFields
 from jaxllm.models.pooler_fields import read_pooler
 from jaxllm.models.rope_fields import read_rope, served_positions
+from jaxllm.models.table_builder import CheckpointTable
 from jaxllm.models.tables import (
-    CheckpointTable,
     bert_table,
+    deepseek_table,
     gpt2_table,
     llama_table,
     mixtral_table,
@@ -132,9 +139,9 @@ def _architecture(values: Mapping[str, Any]) -> str:
 
 
 def _common(fields: ConfigFields) -> dict[str, Any]:
-    """Fields that every family has under the same name."""
-    hidden_size = fields.integer("hidden_size")
-    num_heads = fields.integer("num_attention_heads")
+    """Fields that every family has whose attention is of keys and values."""
+    basics = _basics(fields)
+    hidden_size, num_heads = basics["hidden_size"], basics["num_heads"]
     num_kv_heads = fields.optional_integer("num_key_value_heads") or num_heads
     head_dim = fields.optional_integer("head_dim")
     if num_heads % num_kv_heads:
@@ -151,15 +158,21 @@ def _common(fields: ConfigFields) -> dict[str, Any]:
                 param="hidden_size",
             )
         head_dim = hidden_size // num_heads
-    return {
-        "architecture": fields.architecture,
-        "vocab_size": fields.integer("vocab_size"),
-        "hidden_size": hidden_size,
-        "num_layers": fields.integer("num_hidden_layers"),
-        "num_heads": num_heads,
+    return basics | {
         "num_kv_heads": num_kv_heads,
         "head_dim": head_dim,
         "attention_scale": head_dim**-0.5,
+    }
+
+
+def _basics(fields: ConfigFields) -> dict[str, Any]:
+    """Fields that every family has under the same name."""
+    return {
+        "architecture": fields.architecture,
+        "vocab_size": fields.integer("vocab_size"),
+        "hidden_size": fields.integer("hidden_size"),
+        "num_layers": fields.integer("num_hidden_layers"),
+        "num_heads": fields.integer("num_attention_heads"),
         "tie_word_embeddings": fields.boolean("tie_word_embeddings", False),
         "dtype": _dtype(fields),
         "bos_token_id": fields.optional_integer("bos_token_id", minimum=0),
@@ -248,6 +261,10 @@ def _olmoe(fields: ConfigFields) -> ModelConfig:
         output_bias=bias,
         moe=experts_in_every_layer(fields, normalize_weights=normalize),
     )
+
+
+def _deepseek(fields: ConfigFields) -> ModelConfig:
+    return deepseek_config(fields, _basics(fields), _ACTIVATIONS)
 
 
 def _opt(fields: ConfigFields) -> ModelConfig:
@@ -350,6 +367,8 @@ FAMILIES: Mapping[str, Family] = {
     "Qwen2MoeForCausalLM": Family(_qwen2_moe, llama_table, QWEN2_MOE_DEFAULTS, EXPERTS_ALIASES),
     "Qwen3MoeForCausalLM": Family(_qwen3_moe, llama_table, QWEN3_MOE_DEFAULTS, EXPERTS_ALIASES),
     "OlmoeForCausalLM": Family(_olmoe, llama_table, OLMOE_DEFAULTS, EXPERTS_ALIASES),
+    "DeepseekV2ForCausalLM": Family(_deepseek, deepseek_table, DEEPSEEK_V2_DEFAULTS, DEEPSEEK_ALIASES),
+    "DeepseekV3ForCausalLM": Family(_deepseek, deepseek_table, DEEPSEEK_V3_DEFAULTS, DEEPSEEK_ALIASES),
     "OPTForCausalLM": Family(
         _opt,
         opt_table,

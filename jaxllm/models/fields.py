@@ -39,6 +39,9 @@ _HARMLESS = frozenset(
         "dropout",
         "layerdrop",
         "router_aux_loss_coef",
+        "aux_loss_alpha",
+        "seq_aux",
+        "ep_size",
         "router_jitter_noise",
         "output_router_logits",
         "resid_pdrop",
@@ -202,7 +205,8 @@ class ConfigFields:
             method = method.get("quant_method", method) if isinstance(method, Mapping) else method
             raise UnsupportedModelError(
                 f"config.json has quantization_config (method {method!r}): quantized checkpoints are not "
-                "served; use the original, unquantized one"
+                "served; use the original, unquantized one, or a conversion of it to bfloat16 where what was "
+                "published is quantized (DeepSeek-V3)"
             )
         for name, allowed in _REQUIRED_VALUES.items():
             if name not in self._read:

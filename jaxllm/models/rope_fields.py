@@ -148,6 +148,15 @@ def read_rope(fields: ConfigFields, head_dim: int, max_position_embeddings: int)
     )
 
 
+def yarn_logit_scale(fields: ConfigFields, rope: RopeConfig) -> float:
+    """What logits are multiplied by under `yarn` with `mscale_all_dim` (DeepSeek-V2), beside cos and sin."""
+    values, label = _rope_values(fields)
+    weight = values.get("mscale_all_dim")
+    if rope.scaling != "yarn" or not weight:
+        return 1.0
+    return _yarn_scale(as_number(fields, f"{label}.mscale_all_dim", weight), rope.factor) ** 2
+
+
 def served_positions(rope: RopeConfig, max_position_embeddings: int) -> int:
     """How many positions a model reaches with its scaling, as vLLM counts them.
 
@@ -193,10 +202,11 @@ def _yarn_attention_factor(values: Mapping[str, Any], factor: float, number: Any
     if values.get("attention_factor") is not None:
         return float(number("attention_factor"))
 
-    def scale(weight: float) -> float:
-        return 0.1 * weight * math.log(factor) + 1.0
-
     numerator, denominator = number("mscale", 0.0), number("mscale_all_dim", 0.0)
     if numerator and denominator:
-        return scale(numerator) / scale(denominator)
-    return scale(1.0)
+        return _yarn_scale(numerator, factor) / _yarn_scale(denominator, factor)
+    return _yarn_scale(1.0, factor)
+
+
+def _yarn_scale(weight: float, factor: float) -> float:
+    return 0.1 * weight * math.log(factor) + 1.0

@@ -14,7 +14,7 @@ from jaxllm.models.checkpoint import SafetensorsCheckpoint, is_float
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.families import checkpoint_table
 from jaxllm.models.parameters import ParameterSpec, Region
-from jaxllm.models.tables import CheckpointTable, Piece
+from jaxllm.models.table_builder import CheckpointTable, Piece
 
 # Problems of a checkpoint that one message names.
 _SHOWN = 8
@@ -46,6 +46,9 @@ class SafetensorsSource:
             within = _overlap(piece, self._specs[parameter].shape, region)
             if within is not None:
                 target, source = within
+                if piece.part:
+                    starts = [start for start, _ in piece.part]
+                    source = tuple((a + s, b + s) for (a, b), s in zip(source, starts, strict=True))
                 self._checkpoint.copy(
                     self._names[piece.name(layer)],
                     factors=tuple(size for group in piece.factors for size in group),
@@ -130,7 +133,7 @@ def _alternative_in_use(table: CheckpointTable, names: Mapping[str, str]) -> tup
 def _check_table(specs: Mapping[str, ParameterSpec], pieces: Mapping[str, list[Piece]]) -> None:
     """That the family's table fills exactly what the decoder declares."""
     for name in specs.keys() | pieces.keys():
-        filled = sum(math.prod(piece.disk_shape) for piece in pieces.get(name, []))
+        filled = sum(piece.size for piece in pieces.get(name, []))
         declared = math.prod(specs[name].shape) if name in specs else 0
         num_layers = (specs[name].num_layers if name in specs else None) or 0
         if filled != declared or any(len(piece.layers) != num_layers for piece in pieces[name]):

@@ -1,139 +1,19 @@
-"""Where each parameter is found in a checkpoint: tables of names and axis patterns.
-
-A pattern such as `(k g h) d -> k g h d` says how the axes of a tensor on disk lie in a parameter
-of ours: `k` KV heads, `g` queries per KV head, `h` head_dim, `a` width of all query heads, `d` hidden
-size (`c` too, where both sides have it), `e` embedding width, `f` MLP width, `x` experts, `i` width of an
-expert, `s` width of the shared expert, `v` vocabulary, `n` learned positions, `t` token types, `l` labels;
-digits stand for themselves.
-"""
+"""Where each parameter is found in a checkpoint: tables of names and axis patterns (`table_builder`)."""
 
 from __future__ import annotations
 
-import math
-import re
 from dataclasses import dataclass
 
 from jaxllm.models.config import ModelConfig, MoEConfig
-
-Index = tuple[int | slice, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A tensor of a checkpoint, and the part of a parameter that it fills.
-
-    Attributes:
-        tensor: its name on disk, without the family's prefix; `{layer}` is the layer's number.
-        parameter: our name.
-        factors: sizes of the named axes on disk, grouped by the dimensions they are packed into.
-        order: for each axis of the filled part, its place among the flattened `factors`.
-        at: which part of the parameter it fills: basic indices of the leading axes; () is all.
-        layers: numbers of the layers that have one; () where it is not per layer.
-    """
-
-    tensor: str
-    parameter: str
-    factors: tuple[tuple[int, ...], ...]
-    order: tuple[int, ...]
-    at: Index = ()
-    layers: tuple[int, ...] = ()
-
-    @property
-    def disk_shape(self) -> tuple[int, ...]:
-        return tuple(math.prod(group) for group in self.factors)
-
-    def name(self, index: int | None) -> str:
-        """The tensor's name, for a per-layer one that of the layer at this place in `layers`."""
-        return self.tensor if index is None else self.tensor.format(layer=self.layers[index])
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names in every layer."""
-        return tuple(map(self.name, range(len(self.layers)))) if self.layers else (self.tensor,)
-
-
-@dataclass(frozen=True, slots=True)
-class CheckpointTable:
-    """All that a checkpoint of a family may hold.
-
-    Attributes:
-        pieces: they fill every parameter once, together with one of the alternatives where there are any.
-        alternatives: other ways to store the remaining parameters, of which a checkpoint uses one.
-        prefixes: of tensor names, of which a checkpoint may carry any one or none.
-        ignored: regular expressions, whole names without prefix, of tensors that carry nothing.
-        tied: a tensor that may be stored although it is the same as another one, and that other.
-    """
-
-    pieces: tuple[Piece, ...]
-    prefixes: tuple[str, ...]
-    ignored: tuple[str, ...] = ()
-    tied: tuple[str, str] | None = None
-    alternatives: tuple[tuple[Piece, ...], ...] = ()
-
-
-class _TableBuilder:
-    def __init__(self, config: ModelConfig) -> None:
-        groups = config.queries_per_kv_head
-        self.queries = slice(0, groups)
-        self.key, self.value = groups, groups + 1
-        self._sizes = {
-            "k": config.num_kv_heads,
-            "g": groups,
-            "h": config.head_dim,
-            "a": config.num_heads * config.head_dim,
-            "d": config.hidden_size,
-            "c": config.hidden_size,
-            "e": config.embedding_dim,
-            "f": config.intermediate_size,
-            "x": config.moe.num_experts if config.moe else 0,
-            "i": config.moe.intermediate_size if config.moe else 0,
-            "s": config.moe.shared_intermediate_size if config.moe else 0,
-            "v": config.vocab_size,
-            "n": config.num_learned_positions,
-            "t": config.num_token_types,
-            "l": 0 if config.pooler is None else len(config.pooler.labels),
-        }
-        self._layers = tuple(range(config.num_layers))
-        self.pieces: list[Piece] = []
-
-    def add(
-        self,
-        tensor: str,
-        parameter: str,
-        pattern: str,
-        at: Index = (),
-        layers: tuple[int, ...] | None = None,
-    ) -> None:
-        """Adds a piece, which is in the layers given (None is all) where its name has a {layer}."""
-        on_disk, _, in_parameter = pattern.partition("->")
-        groups = [match.strip("()").split() for match in re.findall(r"\([^)]*\)|\S+", on_disk)]
-        names = [name for group in groups for name in group]
-        order = tuple(names.index(name) for name in (in_parameter.split() or names))
-        factors = tuple(
-            tuple(int(name) if name.isdigit() else self._sizes[name] for name in group) for group in groups
-        )
-        layers = (self._layers if layers is None else layers) if "{layer}" in tensor else ()
-        self.pieces.append(Piece(tensor, parameter, factors, order, at, layers))
-
-    def linear(
-        self,
-        tensor: str,
-        parameter: str,
-        weight: str,
-        bias: str | None = None,
-        at: Index = (),
-        layers: tuple[int, ...] | None = None,
-    ) -> None:
-        self.add(f"{tensor}.weight", f"{parameter}.weight", weight, at, layers)
-        if bias is not None:
-            self.add(f"{tensor}.bias", f"{parameter}.bias", bias, at, layers)
+from jaxllm.models.table_builder import CheckpointTable, Index, Piece, TableBuilder
 
 
 @dataclass(frozen=True, slots=True)
 class _ExpertNames:
-    """What a family calls the block of experts within a layer, and the three products of one of them."""
+    """What a family calls the block of experts in a layer, its shared one, and the products of one."""
 
     block: str = "mlp"
+    shared: str = "shared_expert"
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
@@ -141,19 +21,49 @@ class _ExpertNames:
 
 def mixtral_table(config: ModelConfig) -> CheckpointTable:
     """Mixtral, which differs from `llama_table` in what its experts are called."""
-    return llama_table(config, _ExpertNames("block_sparse_moe", "w1", "w3", "w2"))
+    return llama_table(config, _ExpertNames("block_sparse_moe", gate="w1", up="w3", down="w2"))
 
 
 def llama_table(config: ModelConfig, names: _ExpertNames = _ExpertNames()) -> CheckpointTable:
     """Llama, Mistral, Qwen2, Qwen3; with experts Qwen2-MoE, Qwen3-MoE, OLMoE."""
-    table, layer = _TableBuilder(config), "layers.{layer}"
+    table, layer = TableBuilder(config), "layers.{layer}"
+    _add_attention(table, layer, config)
+    return _rotary_table(table, config, layer, names)
+
+
+def deepseek_table(config: ModelConfig) -> CheckpointTable:
+    """DeepSeek-V2 and V3, with latent attention."""
+    table, layer = TableBuilder(config), "layers.{layer}"
+    attention, ours = f"{layer}.self_attn", "layers.attention"
+    bias = config.qkv_bias
+    if config.mla is not None and config.mla.q_lora_rank:
+        table.linear(f"{attention}.q_a_proj", f"{ours}.q_down", "j d", "j" if bias else None)
+        table.add(f"{attention}.q_a_layernorm.weight", f"{ours}.q_norm.weight", "j")
+        table.add(f"{attention}.q_b_proj.weight", f"{ours}.q_up.weight", "(z w) j -> z w j")
+    else:
+        table.add(f"{attention}.q_proj.weight", f"{ours}.query.weight", "(z w) d -> z w d")
+    table.linear(f"{attention}.kv_a_proj_with_mqa", f"{ours}.kv_down", "m d", "m" if bias else None)
+    table.add(f"{attention}.kv_a_layernorm.weight", f"{ours}.kv_norm.weight", "r")
+    keys = config.mla.nope_head_dim if config.mla else 0
+    for name, part in (("key_up", (0, keys)), ("value_up", (keys, table.size("b")))):
+        pattern = "(z b) r -> z b r"
+        table.add(f"{attention}.kv_b_proj.weight", f"{ours}.{name}.weight", pattern, part={"b": part})
+    table.linear(f"{attention}.o_proj", f"{ours}.output", "d o", "d" if config.output_bias else None)
+    if config.moe is not None and config.moe.selection_bias:
+        table.add(
+            f"{layer}.mlp.gate.e_score_correction_bias", "layers.mlp.router.bias", "x", (), config.moe.layers
+        )
+    extra = "|".join(str(config.num_layers + i) for i in range(config.extra_layers))
+    ignored = (rf"layers\.({extra})\..*",) if extra else ()
+    return _rotary_table(table, config, layer, _ExpertNames(shared="shared_experts"), ignored)
+
+
+def _add_attention(table: TableBuilder, layer: str, config: ModelConfig) -> None:
     heads: tuple[tuple[str, Index, str], ...] = (
         ("q_proj", (slice(None), table.queries), "k g h"),
         ("k_proj", (slice(None), table.key), "k h"),
         ("v_proj", (slice(None), table.value), "k h"),
     )
-    table.add("embed_tokens.weight", "embed.weight", "v e")
-    table.add(f"{layer}.input_layernorm.weight", "layers.attention_norm.weight", "d")
     for name, at, axes in heads:
         bias = f"({axes}) -> {axes}" if config.qkv_bias else None
         table.linear(f"{layer}.self_attn.{name}", "layers.attention.qkv", f"({axes}) d -> {axes} d", bias, at)
@@ -168,29 +78,43 @@ def llama_table(config: ModelConfig, names: _ExpertNames = _ExpertNames()) -> Ch
         "d a",
         "d" if config.output_bias else None,
     )
+
+
+def _rotary_table(
+    table: TableBuilder,
+    config: ModelConfig,
+    layer: str,
+    names: _ExpertNames,
+    ignored: tuple[str, ...] = (),
+) -> CheckpointTable:
+    """What the Llama lineage has besides attention: norms, MLPs or experts, embeddings."""
+    table.add("embed_tokens.weight", "embed.weight", "v e")
+    table.add(f"{layer}.input_layernorm.weight", "layers.attention_norm.weight", "d")
     table.add(f"{layer}.post_attention_layernorm.weight", "layers.mlp_norm.weight", "d")
     if config.mlp_layers:
         _add_gated_mlp(table, f"{layer}.mlp", "layers.mlp", "f", config.mlp_layers, bias=config.mlp_bias)
     alternatives: tuple[tuple[Piece, ...], ...] = ()
     if config.moe is not None:
         if config.moe.shared_intermediate_size:
-            shared = f"{layer}.mlp.shared_expert"
+            shared = f"{layer}.mlp.{names.shared}"
             _add_gated_mlp(table, shared, "layers.mlp.shared", "s", config.moe.layers, bias=False)
-            table.add(f"{shared}_gate.weight", "layers.mlp.shared_gate.weight", "1 d", (), config.moe.layers)
+            if config.moe.shared_gate:
+                gate = "layers.mlp.shared_gate.weight"
+                table.add(f"{shared}_gate.weight", gate, "1 d", (), config.moe.layers)
         alternatives = (_experts_apart(config, config.moe, names), _experts_fused(config, config.moe))
     table.add("norm.weight", "final_norm.weight", "d")
     return _finish(
         table,
         config,
         prefixes=("model.",),
-        ignored=(r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",),
+        ignored=(r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq", *ignored),
         embedding="embed_tokens.weight",
         alternatives=alternatives,
     )
 
 
 def _add_gated_mlp(
-    table: _TableBuilder, tensors: str, parameters: str, width: str, layers: tuple[int, ...], *, bias: bool
+    table: TableBuilder, tensors: str, parameters: str, width: str, layers: tuple[int, ...], *, bias: bool
 ) -> None:
     for part, name in enumerate(("gate_proj", "up_proj")):
         table.linear(
@@ -208,7 +132,7 @@ def _add_gated_mlp(
 
 def _experts_apart(config: ModelConfig, moe: MoEConfig, names: _ExpertNames) -> tuple[Piece, ...]:
     """The router and the experts as published: every expert's products are tensors of their own."""
-    table, block = _TableBuilder(config), f"layers.{{layer}}.{names.block}"
+    table, block = TableBuilder(config), f"layers.{{layer}}.{names.block}"
     table.add(f"{block}.gate.weight", "layers.mlp.router.weight", "x d", (), moe.layers)
     for expert in range(moe.num_experts):
         one, ours = f"{block}.experts.{expert}", "layers.mlp.experts"
@@ -222,7 +146,7 @@ def _experts_apart(config: ModelConfig, moe: MoEConfig, names: _ExpertNames) -> 
 
 def _experts_fused(config: ModelConfig, moe: MoEConfig) -> tuple[Piece, ...]:
     """The same as transformers 5 holds them in memory, and saves them with save_original_format=False."""
-    table, block = _TableBuilder(config), "layers.{layer}.mlp"
+    table, block = TableBuilder(config), "layers.{layer}.mlp"
     table.add(f"{block}.gate.weight", "layers.mlp.router.weight", "x d", (), moe.layers)
     ours = "layers.mlp.experts"
     table.add(
@@ -234,7 +158,7 @@ def _experts_fused(config: ModelConfig, moe: MoEConfig) -> tuple[Piece, ...]:
 
 def opt_table(config: ModelConfig) -> CheckpointTable:
     """OPT, where every KV head has one query: `k` counts all heads."""
-    table, layer = _TableBuilder(config), "layers.{layer}"
+    table, layer = TableBuilder(config), "layers.{layer}"
     table.add("embed_tokens.weight", "embed.weight", "v e")
     table.add("embed_positions.weight", "position_embed.weight", "n d")
     if config.embedding_dim != config.hidden_size:
@@ -268,7 +192,7 @@ def opt_table(config: ModelConfig) -> CheckpointTable:
 
 def gpt2_table(config: ModelConfig) -> CheckpointTable:
     """GPT-2, whose products are stored `[in, out]`, the queries, keys and values as one."""
-    table, layer = _TableBuilder(config), "h.{layer}"
+    table, layer = TableBuilder(config), "h.{layer}"
     table.add("wte.weight", "embed.weight", "v e")
     table.add("wpe.weight", "position_embed.weight", "n d")
     table.linear(f"{layer}.ln_1", "layers.attention_norm", "d", "d")
@@ -290,7 +214,7 @@ def gpt2_table(config: ModelConfig) -> CheckpointTable:
 
 def bert_table(config: ModelConfig) -> CheckpointTable:
     """BERT, RoBERTa and XLM-RoBERTa, each KV head with one query: `k` counts all heads."""
-    table, layer = _TableBuilder(config), "encoder.layer.{layer}"
+    table, layer = TableBuilder(config), "encoder.layer.{layer}"
     for name, parameter, rows in (
         ("word_embeddings", "embed", "v"),
         ("position_embeddings", "position_embed", "n"),
@@ -327,7 +251,7 @@ def bert_table(config: ModelConfig) -> CheckpointTable:
 
 
 def _finish(
-    table: _TableBuilder,
+    table: TableBuilder,
     config: ModelConfig,
     *,
     prefixes: tuple[str, ...],

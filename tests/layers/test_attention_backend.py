@@ -10,6 +10,7 @@ import pytest
 
 from jaxllm.errors import ConfigError
 from jaxllm.layers.attention import choose_backend
+from jaxllm.layers.latent_attention import choose_latent_backend
 from pallas_kernels.ragged_paged_attention import BACKENDS
 
 
@@ -53,6 +54,19 @@ def test_triton_may_be_asked_for_where_it_runs(has_jax_triton: bool) -> None:
             choose_backend("triton", "gpu", 128, 9.0)
     with pytest.raises(ConfigError, match=r"NVIDIA GPU.*and this one is of none; or ask for xla"):
         choose_backend("triton", "gpu", 128)
+
+
+def test_latent_attention_has_a_choice_of_its_own(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        assert choose_latent_backend(None, "cpu") == choose_latent_backend(None, "gpu") == "xla"
+        assert choose_latent_backend(None, "tpu") == choose_latent_backend("tpu", "tpu") == "tpu"
+    assert "xla (the portable one; latent attention" in caplog.text
+    with pytest.raises(ConfigError, match=r"'gpu'.*no such kernel: .*256 numbers.*reference, xla\."):
+        choose_latent_backend("gpu", "gpu")
+    with pytest.raises(ConfigError, match=r"'tpu': runs on a TPU, and this process on cpu"):
+        choose_latent_backend("tpu", "cpu")
+    with pytest.raises(ConfigError, match=r"'cuda': .*no such backend.*reference, xla, tpu\."):
+        choose_latent_backend("cuda", "tpu")
 
 
 def test_what_cannot_run_here_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:

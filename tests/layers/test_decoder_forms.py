@@ -22,7 +22,14 @@ FORMS = [(feature_major, stacked) for feature_major in (False, True) for stacked
 # Between the two, every field of the decoder: gates, biases, norms of both kinds and places, query-key
 # norm, learned and rotary positions, projections, tied and untied heads, windows in some layers.
 # With experts: in some layers only, with a shared one, with a norm over all heads.
-NAMES = ("qwen2-layer-types", "opt-post-norm-projected", "qwen2-moe-every-other-layer", "olmoe-clipped")
+# At last latent attention, with experts in groups.
+NAMES = (
+    "qwen2-layer-types",
+    "opt-post-norm-projected",
+    "qwen2-moe-every-other-layer",
+    "olmoe-clipped",
+    "deepseek-v3",
+)
 PAGE_SIZE = 4
 # A prompt in the second chunk of its prefill, an empty row, a decode, and a prompt that begins.
 CONTEXTS, QUERIES = (6, 0, 17, 0), (9, 0, 1, 12)
@@ -105,9 +112,7 @@ def logits_of(
         assert hidden.shape == ((config.hidden_size, 24) if feature_major else (24, config.hidden_size))
         return decoder.logits(parameters, hidden, jnp.arange(24)), kv_pages
 
-    cache = jnp.full(
-        (config.num_layers, 26, PAGE_SIZE, 2 * config.num_kv_heads, config.head_dim), jnp.nan, dtype
-    )
+    cache = jnp.full(decoder.cache_spec(26, PAGE_SIZE).shape, jnp.nan, dtype)
     tokens = sequences(name)
     contexts = [one[:c] for one, c in zip(tokens, CONTEXTS, strict=True)]
     _, cache = step(parameters, cache, batch_of(contexts, (0, 0, 0, 0), 24))

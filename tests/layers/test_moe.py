@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from jaxllm.layers.moe import MoE
+from jaxllm.layers.router import Router
 from jaxllm.models.config import ModelConfig, MoEConfig
 
 HIDDEN, INNER, SHARED = 11, 7, 5
@@ -33,6 +34,44 @@ def make_layer(
         weights[".".join(map(str, path)).removesuffix(".weight")] = value
         flat.append((path, param.replace(jnp.asarray(value))))
     return nnx.merge(graph, nnx.from_flat_state(flat)), weights
+
+
+def make_router(moe: MoEConfig) -> tuple[Router, np.ndarray, np.ndarray]:
+    """A router with random weights, those, and what is added to its scores."""
+    graph, state = nnx.split(Router(HIDDEN, moe, jnp.float32, False))
+    rng = np.random.default_rng(5)
+    flat = [
+        (path, param.replace(jnp.asarray(rng.standard_normal(param.get_value().shape, np.float32))))
+        for path, param in nnx.to_flat_state(state)
+    ]
+    named = {str(path[-1]): np.asarray(param.get_value(), np.float64) for path, param in flat}
+    router = nnx.merge(graph, nnx.from_flat_state(flat))
+    return router, named["weight"], named.get("bias", np.zeros(moe.num_experts))
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+@pytest.mark.parametrize(
+    ("groups", "taken", "best", "bias"), [(4, 2, 1, False), (4, 3, 2, True), (6, 1, 2, True), (1, 1, 1, True)]
+)
+def test_a_router_with_groups(scoring: Any, groups: int, taken: int, best: int, bias: bool) -> None:
+    """DeepSeek-V2 and V3, and what lies between: by brute force in float64, one token at a time."""
+    moe = MoEConfig(
+        12, 2, INNER, (0,), scoring == "sigmoid", shared_gate=False, scoring=scoring, selection_bias=bias,
+        num_groups=groups, groups_per_token=taken, group_experts=best, weight_scale=1.7,
+    )  # fmt: skip
+    router, weight, added = make_router(moe)
+    x = tokens(40)
+    weights, chosen = (np.asarray(a) for a in jax.jit(router.choose)(x))
+    for row, got, numbers in zip(x.astype(np.float64), weights, chosen, strict=True):
+        logits = weight @ row
+        scores = 1 / (1 + np.exp(-logits)) if scoring == "sigmoid" else np.exp(logits) / np.exp(logits).sum()
+        size = 12 // groups
+        judged = [sum(sorted((scores + added)[g * size :][:size])[-best:]) for g in range(groups)]
+        allowed = sorted(range(groups), key=lambda g: -judged[g])[:taken]
+        order = sorted((e for e in range(12) if e // size in allowed), key=lambda e: -(scores + added)[e])
+        assert numbers.tolist() == order[:2]
+        want = scores[order[:2]] / (scores[order[:2]].sum() if scoring == "sigmoid" else 1)
+        np.testing.assert_allclose(got, 1.7 * want, rtol=1e-5)
 
 
 def silu(x: np.ndarray) -> np.ndarray:

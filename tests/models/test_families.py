@@ -9,8 +9,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from benchmarks.shapes import SHAPES
 from jaxllm.errors import ConfigError, JaxLLMError, UnsupportedModelError
-from jaxllm.models.config import ModelConfig, MoEConfig, RopeConfig
+from jaxllm.models.config import MLAConfig, ModelConfig, MoEConfig, RopeConfig
 from jaxllm.models.families import FAMILIES, translate_config
 from tests.models.checkpoints import LLAMA
 from tests.parity.cases import CASES
@@ -277,6 +278,60 @@ def test_mixtures_of_experts() -> None:
     active = mixtral.layer_parameters + 2 * mixtral.head_parameters
     assert round(active / 1e9, 1) == 12.9
     assert round((active + 6 * mixtral.expert_parameters) / 1e9, 1) == 46.7
+
+
+def test_latent_attention_and_experts_in_groups() -> None:
+    config = translate_config(SHAPES["deepseek-v3"])
+    assert config.mla == MLAConfig(1536, 512, 128, 64, 128)
+    assert config.moe == MoEConfig(
+        256, 8, 2048, tuple(range(3, 61)), True, 2048, shared_gate=False, scoring="sigmoid",
+        selection_bias=True, num_groups=8, groups_per_token=4, group_experts=2, weight_scale=2.5,
+    )  # fmt: skip
+    assert (config.num_kv_heads, config.head_dim, config.cache_rows) == (1, 192, (1, 576))
+    assert (config.max_position_embeddings, config.extra_layers) == (163840, 1)
+    # 37 of 671 billion weights are active, embeddings and head included.
+    active = config.layer_parameters + 2 * config.head_parameters
+    assert round(active / 1e9) == 37 + 1
+    assert round((active + 248 * config.expert_parameters) / 1e9) == 671
+    scale = 0.1 * math.log(40) + 1
+    assert config.attention_scale == pytest.approx(192**-0.5 * scale**2)
+    assert config.rope is not None and config.rope.attention_factor == 1.0
+    assert (config.rope.rotary_dim, config.rope.interleaved) == (64, True)
+
+    lite = translate_config(SHAPES["deepseek-v2-lite"])
+    assert lite.mla == MLAConfig(0, 512, 128, 64, 128)
+    assert lite.moe is not None
+    assert (lite.moe.num_groups, lite.moe.scoring, lite.moe.shared_intermediate_size) == (1, "softmax", 2816)
+    assert lite.moe.layers == tuple(range(1, 27)) and not lite.moe.selection_bias
+    # What Hugging Face saves beside, and a model without experts.
+    saved = {**SHAPES["deepseek-v3"], "head_dim": 64, "qk_head_dim": 192, "num_local_experts": 256}
+    assert translate_config(saved) == config
+    assert translate_config({**SHAPES["deepseek-v3"], "first_k_dense_replace": 61}).moe is None
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("v3", {"n_group": 7}, "256 experts do not stand in n_group=7"),
+        ("v3", {"topk_group": 9}, "topk_group=9 is more than the n_group=8"),
+        ("v3", {"n_group": 128, "topk_group": 3}, "3 groups of 2 experts hold less than .*per_tok=8"),
+        ("v3", {"n_group": 256, "topk_group": 9}, "n_group=256 leaves 1 expert to a group"),
+        ("v3", {"scoring_func": "softmax"}, "scoring_func='softmax'.*'sigmoid'"),
+        ("v3", {"topk_method": "greedy"}, "topk_method='greedy'"),
+        ("v3", {"head_dim": 128}, "head_dim=128.*supported: 64"),
+        ("v3", {"num_key_value_heads": 8}, "num_key_value_heads=8.*supported: 128"),
+        ("v3", {"kv_lora_rank": None}, "lacks 'kv_lora_rank'"),
+        ("v3", {"moe_layer_freq": 2}, "moe_layer_freq=2"),
+        ("v3", {"quantization_config": {"quant_method": "fp8"}}, "method 'fp8'.*bfloat16"),
+        ("v3", {"index_topk": 2048}, "not understood here.*index_topk=2048"),
+        ("v2-lite", {"norm_topk_prob": True}, "norm_topk_prob=True"),
+        ("v2-lite", {"topk_method": "noaux_tc"}, "topk_method='noaux_tc'.*group_limited_greedy"),
+        ("v2-lite", {"qk_rope_head_dim": 63}, "head_dim=63.*even"),
+    ],
+)
+def test_what_deepseek_is_not_served_with(name: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises((ConfigError, UnsupportedModelError), match=message):
+        translate_config({**SHAPES[f"deepseek-{name}"], **changes})
 
 
 def test_which_layers_have_experts() -> None:

@@ -26,6 +26,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_attention_heads": 8, "head_dim": 6, "vocab_size": 601},
     "qwen2-moe": {"num_attention_heads": 8, "vocab_size": 601},
     "olmoe-clipped": {"num_attention_heads": 8, "vocab_size": 601, "intermediate_size": 28},
+    "deepseek-v3": {"vocab_size": 601},
     "opt-post-norm-projected": {"num_attention_heads": 8, "vocab_size": 601},
     "gpt2": {"n_embd": 40, "n_head": 4, "vocab_size": 601},
 }

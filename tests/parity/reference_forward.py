@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxllm.models.config import ModelConfig, MoEConfig, RopeConfig
+from jaxllm.models.config import MLAConfig, ModelConfig, MoEConfig, RopeConfig
 
 _erf = np.vectorize(math.erf)
 _ACTIVATIONS = {
@@ -82,13 +82,16 @@ def forward(
         return norm(x, p[f"{name}.weight"][layer], get(f"{name}.bias", layer))
 
     def rotate(x: np.ndarray) -> np.ndarray:
-        """x [tokens, heads, head_dim], halves paired."""
+        """x [tokens, heads, head_dim], halves paired, or neighbours."""
         if config.rope is None:
             return x
         start = length if prompt_length is None else prompt_length
         angles = np.stack([i * inverse_frequencies(config.rope, max(start, i + 1)) for i in positions])
         cos = np.cos(angles)[:, None] * config.rope.attention_factor
         sin = np.sin(angles)[:, None] * config.rope.attention_factor
+        if config.rope.interleaved:
+            a, b = x[..., ::2], x[..., 1::2]
+            return np.stack([a * cos - b * sin, b * cos + a * sin], -1).reshape(x.shape)
         a, b = np.split(x, 2, axis=-1)
         return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
 
@@ -98,7 +101,37 @@ def forward(
             return norm(heads, weight, 0.0, "rms")
         return norm(heads.reshape(length, -1), weight.reshape(-1), 0.0, "rms").reshape(heads.shape)
 
+    def latent_attention(x: np.ndarray, mla: MLAConfig, layer: int) -> np.ndarray:
+        """With keys and values of every head, as the paper has it before anything is absorbed."""
+
+        def weight(name: str) -> np.ndarray:
+            return p[f"layers.attention.{name}.weight"][layer]
+
+        def rms(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
+            return x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6) * scale
+
+        if mla.q_lora_rank:
+            down = x @ weight("q_down").T + get("layers.attention.q_down.bias", layer)
+            query = np.einsum("tj,awj->taw", rms(down, weight("q_norm")), weight("q_up"))
+        else:
+            query = np.einsum("td,awd->taw", x, weight("query"))
+        down = x @ weight("kv_down").T + get("layers.attention.kv_down.bias", layer)
+        latent, shared = np.split(down, [mla.kv_lora_rank], axis=-1)
+        latent = rms(latent, weight("kv_norm"))
+        key = np.einsum("tr,apr->tap", latent, weight("key_up"))
+        value = np.einsum("tr,aur->tau", latent, weight("value_up"))
+        query, turned = np.split(query, [mla.nope_head_dim], axis=-1)
+        scores = np.einsum("tap,sap->ats", query, key)
+        scores = scores + np.einsum("taw,sw->ats", rotate(turned), rotate(shared[:, None])[:, 0])
+        scores = np.where(positions[None] <= positions[:, None], scores * config.attention_scale, -np.inf)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        mixed = np.einsum("ats,sau->tau", weights, value).reshape(length, -1)
+        return mixed @ weight("output").T + get("layers.attention.output.bias", layer)
+
     def attention(x: np.ndarray, layer: int) -> np.ndarray:
+        if config.mla is not None:
+            return latent_attention(x, config.mla, layer)
         groups = config.queries_per_kv_head
         qkv = np.einsum("td,kghd->tkgh", x, p["layers.attention.qkv.weight"][layer])
         qkv = qkv + get("layers.attention.qkv.bias", layer)
@@ -149,15 +182,22 @@ def forward(
         gate_up, down = weight("experts.gate_up"), weight("experts.down")
         out = np.zeros_like(x)
         for token, logits in enumerate(x @ weight("router").T):
-            chosen = np.argsort(-logits, kind="stable")[: moe.experts_per_token]
-            among = logits[chosen] if moe.normalize_weights else logits
-            shares = np.exp(logits[chosen] - np.logaddexp.reduce(among))
+            scores = np.exp(logits - np.logaddexp.reduce(logits))
+            if moe.scoring == "sigmoid":
+                scores = 1 / (1 + np.exp(-logits))
+            preferred = scores + (p["layers.mlp.router.bias"][place] if moe.selection_bias else 0)
+            groups = np.sort(preferred.reshape(moe.num_groups, -1), axis=1)[:, -moe.group_experts :].sum(1)
+            out_of_groups = np.argsort(-groups, kind="stable")[moe.groups_per_token :]
+            preferred.reshape(moe.num_groups, -1)[out_of_groups] = -np.inf
+            chosen = np.argsort(-preferred, kind="stable")[: moe.experts_per_token]
+            shares = scores[chosen] / (scores[chosen].sum() if moe.normalize_weights else 1)
+            shares = shares * moe.weight_scale
             for expert, share in zip(chosen, shares, strict=True):
                 up = gate_up[:, expert].transpose(0, 2, 1)
                 out[token] += share * gated(x[token][None], up, down[expert].T)[0]
         if moe.shared_intermediate_size:
             shared = gated(x, weight("shared.gate_up"), weight("shared.down"))
-            out += shared / (1 + np.exp(-(x @ weight("shared_gate").T)))
+            out += shared / (1 + np.exp(-(x @ weight("shared_gate").T))) if moe.shared_gate else shared
         return out
 
     x = p["embed.weight"][token_ids]

@@ -30,7 +30,7 @@ pytestmark = [
 ]
 
 # One case of each family, in the layouts that Hugging Face writes; all cases go through the engine.
-WITH_EXPERTS = ["mixtral", "qwen2-moe", "qwen3-moe-mlp-in-the-middle", "olmoe-clipped"]
+WITH_EXPERTS = ["mixtral", "qwen2-moe", "qwen3-moe-mlp-in-the-middle", "olmoe-clipped", "deepseek-v3"]
 LAYOUTS = [
     "llama-biases",
     "mistral-window",
@@ -55,7 +55,8 @@ def make_model(name: str, directory: Path) -> torch.nn.Module:
     config = AutoConfig.from_pretrained(directory)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **IMPLEMENTATIONS)
     with torch.no_grad():
-        for tensor, values in model.named_parameters():
+        # Also buffers that are part of the checkpoint: what DeepSeek-V3 adds to its routers' scores.
+        for tensor, values in model.state_dict().items():
             values.copy_(torch.from_numpy(make_tensor(tensor, tuple(values.shape), SEED)))
     return model.eval()
 
