@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from benchmarks.machine import Machine
 from benchmarks.workloads import Workload
-from jaxllm.models.config import ModelConfig, MoEConfig
+from jaxllm.models.config import MLAConfig, ModelConfig, MoEConfig
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -55,6 +55,7 @@ class ModelCost:
     dtype_bytes: int
     expert_parameters: int = 0
     moe: MoEConfig | None = None
+    mla: MLAConfig | None = None
 
     @classmethod
     def from_config(cls, config: ModelConfig, dtype: str) -> ModelCost:
@@ -75,6 +76,7 @@ class ModelCost:
             dtype_bytes=DTYPE_BYTES[dtype],
             expert_parameters=config.expert_parameters,
             moe=config.moe,
+            mla=config.mla,
         )
 
     @property
@@ -112,9 +114,11 @@ class ModelCost:
             context: positions whose keys and values are read, over sequences and layers.
         """
         products = 2 * (self.layer_parameters * num_tokens + self.head_parameters * num_logits)
-        attention = 4 * self.num_heads * self.head_dim * attended
+        per_head = 2 * self.head_dim if self.mla is None else self.mla.pair_width
+        attention = 2 * self.num_heads * per_head * attended
         weights = self.layer_parameters_read(num_tokens) + (self.head_parameters if num_logits else 0)
-        kv = 2 * self.num_kv_heads * self.head_dim * (context + self.num_layers * num_tokens)
+        token = 2 * self.num_kv_heads * self.head_dim if self.mla is None else self.mla.width
+        kv = token * (context + self.num_layers * num_tokens)
         return Work(float(products + attention), float(self.dtype_bytes * (weights + kv)))
 
     def workload(self, workload: Workload, *, max_num_batched_tokens: int) -> Work:

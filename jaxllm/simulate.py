@@ -59,6 +59,7 @@ def figures_of(config: ModelConfig, dtype: str) -> ModelFigures:
         window=window,
         moe=config.moe,
         expert_parameters=config.expert_parameters,
+        mla=config.mla,
     )
 
 

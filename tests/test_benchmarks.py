@@ -34,7 +34,9 @@ from benchmarks.workloads import STANDARD, Workload, parse_workload
 from jaxllm.demo import demo_model_path
 from jaxllm.execution.buckets import step_shapes
 from jaxllm.models.config import ModelConfig, MoEConfig
+from jaxllm.models.families import translate_config
 from jaxllm.scheduling.simulator import FittedCost, Shape
+from jaxllm.simulate import figures_of
 from pallas_kernels.ragged_paged_attention.shapes import LAYERS, WORKS, LayerShape, Work
 from tests.engine_shapes import every_shape
 
@@ -172,6 +174,17 @@ def test_costs_of_experts() -> None:
     every = outside + 2 * 8 * 3 * 12 * 10
     assert cost.num_parameters == every + 2 * 31 * 12
     assert cost.layer_parameters_read(10**6) == pytest.approx(every)
+
+
+def test_costs_of_latent_attention() -> None:
+    """What is cached and computed follows from the latent, in benchmarks and in the simulator alike."""
+    config = translate_config(shapes.SHAPES["deepseek-v3"])
+    cost, figures = ModelCost.from_config(config, "bfloat16"), figures_of(config, "bfloat16")
+    assert figures.kv_bytes_per_token == 61 * 576 * 2
+    assert figures.pair_flops == 61 * 2 * 128 * (576 + 512)
+    alone, with_context = cost.step(1, 0, 61, 0), cost.step(1, 0, 61 * 10, 61 * 9)
+    assert with_context.flops - alone.flops == 9 * figures.pair_flops
+    assert with_context.bytes - alone.bytes == 9 * figures.kv_bytes_per_token
 
 
 TINY = {

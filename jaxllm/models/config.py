@@ -129,6 +129,11 @@ class MLAConfig:
         """Numbers of a token in a layer's cache."""
         return self.kv_lora_rank + self.rope_head_dim
 
+    @property
+    def pair_width(self) -> int:
+        """Multiplications of a head's query and a position that it sees: with its row, then its latent."""
+        return self.width + self.kv_lora_rank
+
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:

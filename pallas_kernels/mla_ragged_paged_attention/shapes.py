@@ -16,7 +16,6 @@ class LatentShape:
 
 LAYERS = {
     "deepseek-v2-lite": LatentShape(16),
+    "deepseek-v2 tp4": LatentShape(32),
     "deepseek-v3": LatentShape(128),
-    "deepseek-v3 tp8": LatentShape(16),
-    "minicpm3-4b": LatentShape(40, 256, 32),
 }

@@ -30,23 +30,23 @@ interpreted = pytest.mark.skipif(
 compiled = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler (pip install 'jaxllm[tpu]')"
 )
-RAGGED = [(20, 1), (0, 0), (0, 37), (5, 19), (0, 1), (40, 2), (0, 0)]
+RAGGED = [(20, 1), (0, 0), (0, 21), (5, 9), (0, 1), (40, 2), (0, 0)]
 DECODES = [(20, 1), (0, 1), (47, 1), (15, 1), (16, 1), (0, 0), (0, 0)]
 SMALL = Tiling(queries=16, keys=16)
-MIXED = Shape(4, 24, 8, 8, 8, 7, 63)
+MIXED = Shape(4, 24, 8, 8, 8, 7, 40)
 DECODE = Shape(4, 24, 8, 8, 8, 7, 7, decode_only=True)
 CASES: dict[str, tuple[Shape, Tiling]] = {
-    "mixed": (MIXED, SMALL),
-    "mixed, no log-sum-exp, spare lanes": (replace(MIXED, lse=False, spare=96), SMALL),
-    "odd sizes": (replace(MIXED, heads=3, rank=7, rope_dim=2), Tiling(32, 8)),
-    "latents of two registers": (replace(MIXED, rank=256, rope_dim=64), SMALL),
-    "more heads than one product takes": (replace(MIXED, heads=40), Tiling(32, 32)),
-    "soft cap": (replace(MIXED, soft_cap=3.0), SMALL),
-    "bfloat16": (replace(MIXED, dtype=jnp.bfloat16), SMALL),
-    "bfloat16 pages": (replace(MIXED, cache_dtype=jnp.bfloat16), SMALL),
+    "mixed, spare lanes": (replace(MIXED, spare=96), SMALL),
+    "odd sizes, no log-sum-exp": (replace(MIXED, heads=3, rank=7, rope_dim=2, lse=False), Tiling(32, 8)),
+    "latents of two registers, bfloat16 pages": (
+        replace(MIXED, rank=256, rope_dim=64, cache_dtype=jnp.bfloat16), SMALL,
+    ),
+    "more heads than are computed together, soft cap": (
+        replace(MIXED, heads=40, soft_cap=3.0, dtype=jnp.bfloat16), Tiling(32, 32),
+    ),
     "decodes": (DECODE, Tiling(1, 16)),
     "decodes, bfloat16": (replace(DECODE, rank=128, rope_dim=32, dtype=jnp.bfloat16), Tiling(1, 16)),
-}
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_a_mistake_is_caught(mistake: str, monkeypatch: pytest.MonkeyPatch) -> N
         given = replace(batch, q_latent=batch.q_latent * np.float32(1.0005))
     else:
         table = batch.page_table.copy()
-        table[5, [3, 4]] = table[5, [4, 3]]
+        table[5, 3] = table[5, 4]
         given = replace(batch, page_table=table)
     with pytest.raises(AssertionError, match="relative error"):
         check(batch, MIXED, *run(given, MIXED, SMALL))
@@ -147,9 +147,8 @@ def compile_layers(chip: str, name: str, num_tokens: int, page_size: int) -> tup
     ("chip", "name", "num_tokens", "page_size"),
     [
         *((chip, "deepseek-v3", tokens, 64) for chip in TOPOLOGIES for tokens in (64, 1024)),
-        ("v6e", "deepseek-v3 tp8", 64, 16),
-        ("v6e", "deepseek-v3 tp8", 2048, 128),
-        ("v5e", "minicpm3-4b", 512, 32),
+        ("v6e", "deepseek-v2-lite", 64, 16),
+        ("v6e", "deepseek-v2 tp4", 2048, 128),
     ],
 )
 def test_compiles_in_place(chip: str, name: str, num_tokens: int, page_size: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from jaxllm.models.config import MoEConfig
+from jaxllm.models.config import MLAConfig, MoEConfig
 from jaxllm.scheduling.plan import Plan
 from jaxllm.scheduling.simulator.devices import Device
 
@@ -71,6 +71,7 @@ class ModelFigures:
         window: positions that a query sees at most; None sees all.
         moe: experts, where there are any.
         expert_parameters: weights of one expert of every layer that has any.
+        mla: latent attention, in place of keys and values.
     """
 
     num_layers: int
@@ -83,11 +84,19 @@ class ModelFigures:
     window: int | None = None
     moe: MoEConfig | None = None
     expert_parameters: int = 0
+    mla: MLAConfig | None = None
 
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of the cache that one token takes."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype_bytes
+        numbers = 2 * self.num_kv_heads * self.head_dim if self.mla is None else self.mla.width
+        return self.num_layers * numbers * self.dtype_bytes
+
+    @property
+    def pair_flops(self) -> int:
+        """Of attention, for each query and position that it sees."""
+        per_head = 2 * self.head_dim if self.mla is None else self.mla.pair_width
+        return 2 * self.num_layers * self.num_heads * per_head
 
     @property
     def weight_bytes(self) -> int:
@@ -132,7 +141,7 @@ class RooflineCost:
         products = 2 * (
             model.layer_parameters * features.num_tokens + model.head_parameters * features.num_samples
         )
-        attention = 4 * model.num_layers * model.num_heads * model.head_dim * features.attended
+        attention = model.pair_flops * features.attended
         kv = (features.context + features.num_tokens) * model.kv_bytes_per_token
         arithmetic = (products + attention) / (self.device.flops * self.flops_share)
         memory = (model.weight_bytes_read(features.num_tokens) + kv) / (
