@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxllm.layers.linear import Linear, apply_weight, declare
+from jaxllm.layers.linear import Linear, apply_weight
 from jaxllm.models.config import MoEConfig
 
 # A token that no expert scores is no reason to divide by zero.
@@ -25,11 +25,10 @@ class Router(Linear):
             (hidden_size,),
             (None,),
             ("embed",),
-            bias=False,
+            bias=moe.selection_bias,
             dtype=dtype,
             feature_major=feature_major,
         )
-        self.bias = declare((moe.num_experts,), (None,), dtype) if moe.selection_bias else None
         self.moe = moe
 
     def choose(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:

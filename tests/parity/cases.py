@@ -77,10 +77,11 @@ _OLMOE = {
     "norm_topk_prob": False,
 }
 _DEEPSEEK_V2 = {
-    **{key: value for key, value in _LLAMA.items() if key != "num_key_value_heads"},
+    **_LLAMA,
     "architectures": ["DeepseekV2ForCausalLM"],
     "model_type": "deepseek_v2",
     "num_attention_heads": 4,
+    "num_key_value_heads": 4,
     "q_lora_rank": None,
     "kv_lora_rank": 18,
     "qk_nope_head_dim": 10,
