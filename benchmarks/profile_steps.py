@@ -64,13 +64,15 @@ class StepRecorder:
 
 def tiles_of(llm: LLM) -> Tiles | None:
     """How the engine's attention cuts its work; None for kernels that no figures are kept of."""
-    from pallas_kernels.ragged_paged_attention import xla
+    from pallas_kernels.ragged_paged_attention import xla_flash
 
     decoder = llm.llm_engine.runner._decoder
     if decoder.form.attention_backend != "xla":
         return None
     shards = 1 if decoder.form.mesh is None else decoder.form.mesh.shape["tensor"]
-    tiling = xla.Tiling.choose(decoder.fitted.num_kv_heads // shards, decoder.fitted.head_dim)
+    # Latents are keys and values at once: a row counts as half of either.
+    rows, width = decoder.fitted.cache_rows
+    tiling = xla_flash.Tiling.choose(1, -(-rows // shards * width // 2))
     page = llm.llm_engine.config.block_size
     keys, (short, short_keys), (long, long_keys) = (
         max(tiling.decode_block, page),
@@ -82,7 +84,7 @@ def tiles_of(llm: LLM) -> Tiles | None:
         *tiling.decode_lanes,
         (short, max(short_keys, page)),
         (long, max(long_keys, page)),
-        xla.SHORT_PREFILL,
+        xla_flash.SHORT_PREFILL,
     )
 
 

@@ -148,11 +148,9 @@ class LatentAttention(nnx.Module):
             rotate, table=inputs.rotation, feature_major=self.feature_major, interleaved=self.interleaved
         )
         parts = (self.key_up(q_nope, transposed=True), turn(q_rope), self.kv_norm(latent), turn(k_rope))
-        if self.feature_major:
-            parts = tuple(jnp.moveaxis(part, -1, 0) for part in parts)
         # However the cache is held (`cache_rows`), the op is given a view of rows.
         out, pages = mla_ragged_paged_attention(
-            *parts,
+            *(jnp.moveaxis(part, -1, 0) if self.feature_major else part for part in parts),
             kv_pages.reshape(*kv_pages.shape[:3], -1),
             layer,
             inputs.page_table,
