@@ -4,9 +4,9 @@ A pattern such as `(k g h) d -> k g h d` says how the axes of a tensor on disk l
 of ours: `k` KV heads, `g` queries per KV head, `h` head_dim, `a` width of all query heads, `d` hidden
 size (`c` too, where both sides have it), `e` embedding width, `f` MLP width, `x` experts, `i` width of an
 expert, `s` width of the shared expert, `v` vocabulary, `n` learned positions, `t` token types, `l` labels;
-digits stand for themselves. Of latent attention: `z` heads, `w` width of a query, `j` rank of queries, `r` rank of keys and
-values, `m` that and the rotated key, `p` and `u` width of a key without rotation and of a value, `b` both
-together, `o` all heads' values.
+digits stand for themselves. Of latent attention: `z` heads, `w` width of a query, `j` rank of queries,
+`r` rank of keys and values, `m` that and the rotated key, `p` and `u` width of a key without rotation and of
+a value, `b` both together, `o` all heads' values.
 """
 
 from __future__ import annotations

@@ -22,10 +22,9 @@ from pallas_kernels.ragged_paged_attention.options import AttentionOptions
 
 Backend = Literal["reference", "xla", "tpu"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
+_TOO_WIDE = "the sibling's kernel takes rows of up to 256 numbers, and DeepSeek's latents have 512"
 # What the sibling has and this op has not, with the reason.
-WITHOUT_KERNEL = {
-    "gpu": "the sibling's kernel holds rows of up to 256 numbers, and DeepSeek's latents have 512",
-}
+WITHOUT_KERNEL = {"gpu": _TOO_WIDE, "triton": _TOO_WIDE}
 
 
 def cache_rows(backend: Backend, kv_lora_rank: int, rope_dim: int) -> tuple[int, int]:
@@ -35,8 +34,8 @@ def cache_rows(backend: Backend, kv_lora_rank: int, rope_dim: int) -> tuple[int,
     [layers, pages, page_size, rows * width].
     """
     width = kv_lora_rank + rope_dim
-    # A TPU holds 128 lanes at a time; what would be left over there is part of the row here.
-    return 1, -(-width // 128) * 128 if backend == "tpu" else width
+    # A TPU pads rows to 128 lanes, and single rows of 16 bits to two: in two rows nothing is padded beyond.
+    return (2, -(-width // 256) * 128) if backend == "tpu" else (1, width)
 
 
 def mla_ragged_paged_attention(

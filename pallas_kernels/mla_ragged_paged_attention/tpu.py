@@ -1,13 +1,15 @@
 """The op on TPU: the sibling's Pallas Mosaic kernel (`ragged_paged_attention.tpu_kernel` says how it works).
 
-A page has one row a token, [page_size, 1, width], which the kernel copies to the chip once and multiplies
-twice: whole as keys, its first lanes as values. Key-value heads are what the kernel calls heads that it
+A token stands in a page as two rows, [page_size, 2, width / 2], since a single row of 16-bit numbers would be
+padded to two. The kernel copies a block to the chip once, joins the rows of a token, and multiplies them
+twice: whole as keys, their first lanes as values. Key-value heads are what the kernel calls heads that it
 computes together; here all of them read the same row, and in decodes one product serves them all.
 
-What lives where differs from the sibling in sizes (bfloat16, 128 heads, rank 512, rope 64, width 640):
-    VMEM    ring of blocks [RING, keys, 1, width]                   1.3 MiB at 512 keys
-            ring of query tiles [RING, queries, heads, width]       5.2 MiB at 16 queries
-            the tile's queries by head [heads * queries, width]     2.6 MiB
+What lives where differs from the sibling in sizes (bfloat16, 128 heads, rank 512, rope 64, width 768):
+    VMEM    ring of blocks [RING, keys, 2, width / 2]               1.5 MiB at 512 keys
+            the block, rows joined [keys, width]                    0.8 MiB
+            ring of query tiles [RING, queries, heads, width]       6 MiB at 16 queries
+            the tile's queries by head [heads * queries, width]     3 MiB
             running maximum and sum [heads * queries, 128] float32  1 MiB each
             running output [heads * queries, rank] float32          4 MiB
             the tile's output [queries, heads, rank]                2 MiB
@@ -52,10 +54,12 @@ def attend(
     (num_tokens, heads, rank), (*_, page_size, width) = q_latent.shape, pages.shape
     if tiling is None:
         tiling = choose_tiling(num_tokens, heads, page_size, page_table.shape[1], options.decode_only)
-    out, rows, lse = attend_rows(
+    rows = 2 if width % (2 * LANES) == 0 else 1
+    held = (rows, width // rows)
+    out, held_pages, lse = attend_rows(
         query_rows(q_latent, q_rope, width),
-        token_rows(latent, k_rope, pages)[:, None],
-        pages[..., None, :],
+        token_rows(latent, k_rope, pages).reshape(num_tokens, *held),
+        pages.reshape(*pages.shape[:3], *held),
         layer,
         page_table,
         seq_lens,
@@ -66,7 +70,7 @@ def attend(
         value_lanes=min(width, -(-rank // LANES) * LANES),
         name="mla_ragged_paged_attention",
     )
-    return out[..., :rank], rows[..., 0, :], lse
+    return out[..., :rank], held_pages.reshape(pages.shape), lse
 
 
 def choose_tiling(

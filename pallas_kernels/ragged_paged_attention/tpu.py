@@ -89,7 +89,8 @@ def attend_rows(
     """The kernel on rows as they stand in pages, each head's queries at the lanes of its keys.
 
     Args:
-        q: [T, heads, lanes], zero at the lanes of its row that are not its keys.
+        q: [T, heads, lanes], or several times as many lanes where so many rows are one; zero at those
+            of its row that are not its keys.
         new: [T, rows, lanes] of the new tokens, in the dtype of the pages.
         pages: [layers, pages, page_size, rows, lanes].
         group: heads that are computed together; they share their keys.
@@ -129,7 +130,8 @@ def attend_rows(
             pages.dtype,
             heads,
             group,
-            (pages.shape[3], lanes),
+            pages.shape[3:],
+            lanes,
             value_lanes,
             page_table.shape[1],
             0 if row_words is None else row_words.size // num_tokens,

@@ -56,6 +56,7 @@ def scratch_shapes(
     heads: int,
     group: int,
     page_rows: tuple[int, int],
+    row_lanes: int,
     value_lanes: int,
     pages_per_seq: int,
     words_per_row: int,
@@ -64,16 +65,16 @@ def scratch_shapes(
 ) -> Scratch:
     """The buffers for pages of page_rows = (rows, lanes) a token and words_per_row words a query.
 
-    value_lanes are the first lanes of a row, of those that the output has.
+    Rows of a page are joined to rows of row_lanes; value_lanes are the first of those, which the output has.
     """
-    kv_heads, rows, lanes = heads // group, group * tiling.queries, page_rows[1]
+    kv_heads, rows, lanes = heads // group, group * tiling.queries, row_lanes
     # 8-bit numbers are exact in bfloat16.
     wide = jnp.float32 in (q_dtype, cache_dtype)
     compute_dtype = jnp.dtype(jnp.float32 if wide else jnp.bfloat16)
     return Scratch(
         tables=pltpu.SMEM((2, 1, pages_per_seq), jnp.int32),
         kv_blocks=pltpu.VMEM((RING, tiling.keys, *page_rows), cache_dtype),
-        separate=pltpu.VMEM((page_rows[0], tiling.keys, lanes), compute_dtype),
+        separate=pltpu.VMEM((page_rows[0] * page_rows[1] // lanes, tiling.keys, lanes), compute_dtype),
         q_tiles=pltpu.VMEM((RING, tiling.queries, heads, lanes), q_dtype),
         queries=pltpu.VMEM((kv_heads * rows, lanes), compute_dtype),
         running_max=pltpu.VMEM((kv_heads * rows, LANES), jnp.float32),
@@ -234,7 +235,10 @@ class FlashTile:
         lax.fori_loop(end, keys, clean, None)
 
     def _separate_rows(self, slot: jax.Array) -> None:
-        """[keys, rows, lanes] as it was fetched to [rows, keys, lanes], in steps that fit in registers."""
+        """[keys, rows, lanes] as it was fetched to [rows, keys, lanes], in steps that fit in registers.
+
+        Where fewer rows are kept apart than there are, they are wider, and several stand in each.
+        """
         scratch = self.scratch
         keys = self.work.tiling.keys
         step = next(size for size in (SEPARATED, keys) if keys % size == 0)
@@ -242,8 +246,13 @@ class FlashTile:
         def separate(index: jax.Array, _: None) -> None:
             place = pl.ds(pl.multiple_of(index * step, step), step)
             rows = _by_row(scratch.kv_blocks[slot, place], scratch.separate.dtype)
+            side_by_side, lanes = len(rows) // scratch.separate.shape[0], scratch.kv_blocks.shape[3]
             for row, values in enumerate(rows):
-                scratch.separate[row, place] = values
+                if side_by_side == 1:
+                    scratch.separate[row, place] = values
+                else:
+                    within = pl.ds(row % side_by_side * lanes, lanes)
+                    scratch.separate[row // side_by_side, place, within] = values
 
         lax.fori_loop(0, keys // step, separate, None)
 
@@ -280,8 +289,8 @@ class FlashTile:
         return distance, visible
 
     def _rows_of(self, kv_head: int) -> tuple[int, int]:
-        """The rows of a page that hold the head's keys and its values; see `tpu.page_rows`."""
-        kv_heads, page_rows = self.heads // self.group, self.scratch.kv_blocks.shape[2]
+        """The rows that hold the head's keys and its values; see `tpu.page_rows`."""
+        kv_heads, page_rows = self.heads // self.group, self.scratch.separate.shape[0]
         if page_rows == 2 * kv_heads:
             return 2 * kv_head, 2 * kv_head + 1
         return kv_head * page_rows // kv_heads, kv_head * page_rows // kv_heads

@@ -218,4 +218,4 @@ def test_other_refusals() -> None:
 
 def test_how_the_cache_is_held() -> None:
     assert cache_rows("xla", 512, 64) == (1, 576)
-    assert cache_rows("tpu", 512, 64) == (1, 640)
+    assert cache_rows("tpu", 512, 64) == (2, 384)
