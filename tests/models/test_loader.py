@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from jaxllm.models.dummy import dummy_parameters_on_device
 from jaxllm.models.families import FAMILIES, translate_config
 from jaxllm.models.loader import load_parameters
 from jaxllm.models.orbax_checkpoint import save_parameters
+from jaxllm.models.safetensors_source import SafetensorsSource
 from sharding import make_mesh, named_sharding
 from tests.models.checkpoints import DTYPES, LLAMA, llama_tensors, write_model
 from tests.models.specs import make_specs
@@ -392,5 +395,27 @@ def test_the_tables_read_nothing_twice() -> None:
     for name, case in CASES.items():
         config = translate_config(case.config)
         table = FAMILIES[config.architecture].table(config)
-        tensors = [piece.tensor for piece in table.pieces]
-        assert len(set(tensors)) == len(tensors), name
+        read: Counter[str] = Counter()
+        for piece in table.pieces:
+            read[piece.tensor] += piece.size
+        assert read == {piece.tensor: math.prod(piece.disk_shape) for piece in table.pieces}, name
+
+
+def test_parts_of_a_tensor_are_read_where_they_are(tmp_path: Path) -> None:
+    """Keys and values of all heads come out of one tensor, whichever part of a parameter is read."""
+    config = translate_config(CASES["deepseek-v2-lite"].config)
+    rng, tensors = np.random.default_rng(0), {}
+    table = FAMILIES[config.architecture].table(config)
+    for piece in (*table.pieces, *table.alternatives[0]):
+        for name in piece.names:
+            tensors[name] = rng.standard_normal(piece.disk_shape).astype(np.float32)
+    write_model(tmp_path, tensors, CASES["deepseek-v2-lite"].config)
+    specs = parameter_specs(config)
+    source = SafetensorsSource(tmp_path, config, specs)
+    expanded = tensors["layers.2.self_attn.kv_b_proj.weight"].reshape(4, 10 + 9, 18)
+    for name, want in (("key_up", expanded[:, :10]), ("value_up", expanded[:, 10:])):
+        assert specs[f"layers.attention.{name}.weight"].shape == want.shape
+        for region in (((0, 4), (0, want.shape[1]), (0, 18)), ((1, 3), (2, 7), (4, 5))):
+            out = np.empty([stop - start for start, stop in region], np.float32)
+            source.read(f"layers.attention.{name}.weight", 2, region, out)
+            np.testing.assert_array_equal(out, want[tuple(slice(*bounds) for bounds in region)])
