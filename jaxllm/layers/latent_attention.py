@@ -148,9 +148,13 @@ class LatentAttention(nnx.Module):
             rotate, table=inputs.rotation, feature_major=self.feature_major, interleaved=self.interleaved
         )
         parts = (self.key_up(q_nope, transposed=True), turn(q_rope), self.kv_norm(latent), turn(k_rope))
+        q_latent, q_rope, latent, k_rope = (self._by_token(part) for part in parts)
         # However the cache is held (`cache_rows`), the op is given a view of rows.
         out, pages = mla_ragged_paged_attention(
-            *(jnp.moveaxis(part, -1, 0) if self.feature_major else part for part in parts),
+            q_latent,
+            q_rope,
+            latent,
+            k_rope,
             kv_pages.reshape(*kv_pages.shape[:3], -1),
             layer,
             inputs.page_table,
@@ -163,3 +167,7 @@ class LatentAttention(nnx.Module):
         values = self.value_up(jnp.moveaxis(out, 0, -1) if self.feature_major else out)
         flat = (-1, values.shape[-1]) if self.feature_major else (values.shape[0], -1)
         return self.output(values.reshape(flat)), pages.reshape(kv_pages.shape)
+
+    def _by_token(self, part: jax.Array) -> jax.Array:
+        """[T, ...] of what has its tokens where the layer's input has them."""
+        return jnp.moveaxis(part, -1, 0) if self.feature_major else part

@@ -130,7 +130,7 @@ def attend_rows(
             pages.dtype,
             heads,
             group,
-            pages.shape[3:],
+            (pages.shape[3], pages.shape[4]),
             lanes,
             value_lanes,
             page_table.shape[1],
