@@ -87,7 +87,7 @@ def build_runner(
     runner = (Runner if model.pooler is None else PoolingRunner)(
         decoder,
         num_pages=num_pages,
-        num_host_pages=num_host_pages(config, decoder.fitted, form.dtype),
+        num_host_pages=num_host_pages(config, decoder.fitted, form.dtype, backend),
         page_size=config.block_size,
         max_num_seqs=config.max_num_seqs or 1,
         max_num_batched_tokens=config.max_num_batched_tokens or 1,

@@ -75,6 +75,9 @@ def num_kv_pages(
 ) -> int:
     """Pages of the KV cache, with the null page; as many as the fullest device holds its parts of.
 
+    Args:
+        backend: of attention, which decides how the cache is held.
+
     Raises:
         InsufficientMemoryError: not even one sequence of max_model_len tokens would fit.
     """
@@ -132,12 +135,14 @@ def num_kv_pages(
     return int(pages) + 1
 
 
-def num_host_pages(config: EngineConfig, model: ModelConfig, dtype: jnp.dtype) -> int:
+def num_host_pages(
+    config: EngineConfig, model: ModelConfig, dtype: jnp.dtype, backend: Backend = "xla"
+) -> int:
     """Pages that each replica's part of `swap_space` holds; none where who is preempted computes again."""
     if config.preemption_mode == "recompute":
         return 0
     size = int(config.swap_space * 2**30) // config.data_parallel_size
-    return size // page_bytes(model, config.block_size, dtype)
+    return size // page_bytes(model, config.block_size, dtype, backend)
 
 
 def _steady(total: int, free: int) -> int:

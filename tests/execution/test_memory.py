@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from benchmarks.shapes import SHAPES
 from jaxllm.config import EngineConfig
 from jaxllm.errors import InsufficientMemoryError
 from jaxllm.execution import memory
 from jaxllm.execution.memory import num_kv_pages, page_bytes, step_bytes, weight_bytes
 from jaxllm.execution.platform import free_memory
 from jaxllm.models.config import ModelConfig, MoEConfig
+from jaxllm.models.families import translate_config
 from jaxllm.models.fitting import fit_to_shards, shard_of
 from jaxllm.models.parameters import ParameterSpec
 
@@ -43,6 +45,10 @@ def pages(device: Any = None, **arguments: Any) -> int:
 def test_sizes() -> None:
     assert page_bytes(MODEL, 16, FLOAT32) == PAGE
     assert page_bytes(MODEL, 16, jnp.dtype(jnp.bfloat16)) == PAGE // 2
+    # One latent and one rotated key a layer; a TPU fills both of their rows up to whole registers.
+    latent = translate_config(SHAPES["deepseek-v3"])
+    assert page_bytes(latent, 16, jnp.dtype(jnp.bfloat16)) == 61 * 16 * 576 * 2
+    assert page_bytes(latent, 16, jnp.dtype(jnp.bfloat16), "tpu") == 61 * 16 * 768 * 2
     assert weight_bytes(SPECS, FLOAT32) == (1600 + 3 * 35) * 4
 
 
