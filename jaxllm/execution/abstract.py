@@ -37,7 +37,7 @@ def abstract_parameters(decoder: Decoder) -> dict[str, Any]:
         sharding: Any = shardings.get(name)
         if form.attention_backend == "tpu" and is_read_in_rows(name):
             sharding = _row_major(len(shape), sharding)
-        array = jax.ShapeDtypeStruct(shape, form.dtype, sharding=sharding)
+        array = jax.ShapeDtypeStruct(shape, spec.dtype(form.dtype), sharding=sharding)
         arrays[name] = array if stacked or spec.num_layers is None else [array] * spec.num_layers
     return arrays
 

@@ -14,9 +14,16 @@ from jax import lax
 from sharding import MeshAxes
 
 
-def declare(shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: jnp.dtype) -> nnx.Param[jax.Array]:
-    """A parameter without values: its shape, its dtype and the logical axis of each dimension."""
-    return nnx.Param(jax.ShapeDtypeStruct(shape, dtype), logical_axes=axes)  # type: ignore[arg-type]
+def declare(
+    shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: jnp.dtype, *, exact: bool = False
+) -> nnx.Param[jax.Array]:
+    """A parameter without values: its shape, its dtype and the logical axis of each dimension.
+
+    Args:
+        exact: hold it in float32, whatever the dtype of the model.
+    """
+    declared = jax.ShapeDtypeStruct(shape, jnp.float32 if exact else dtype)
+    return nnx.Param(declared, logical_axes=axes, exact=exact)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

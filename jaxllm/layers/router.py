@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxllm.layers.linear import Linear, apply_weight
+from jaxllm.layers.linear import Linear, apply_weight, declare
 from jaxllm.models.config import MoEConfig
 
 # A token that no expert scores is no reason to divide by zero.
@@ -29,6 +29,8 @@ class Router(Linear):
             dtype=dtype,
             feature_major=feature_major,
         )
+        if moe.selection_bias:  # which experts are chosen may hang on its last digits
+            self.bias = declare((moe.num_experts,), (None,), dtype, exact=True)
         self.moe = moe
 
     def choose(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -37,7 +39,7 @@ class Router(Linear):
         logits = (logits.T if self.feature_major else logits).astype(jnp.float32)
         score = jax.nn.sigmoid if moe.scoring == "sigmoid" else jax.nn.softmax
         scores = score(logits)
-        preferred = scores if self.bias is None else scores + self.bias[...].astype(jnp.float32)
+        preferred = scores if self.bias is None else scores + self.bias[...]
         if moe.groups_per_token < moe.num_groups:
             preferred = jnp.where(self._in_best_groups(preferred), preferred, -jnp.inf)
         _, chosen = lax.top_k(preferred, moe.experts_per_token)

@@ -232,7 +232,7 @@ class Decoder:
         for _, declared in self._layers.values():
             for name, p in declared:
                 shape, axes = p.get_value().shape, p.logical_axes
-                specs[f"layers.{name}"] = ParameterSpec(shape, axes, len(self._layers_with[name]))
+                specs[f"layers.{name}"] = ParameterSpec(shape, axes, len(self._layers_with[name]), p.exact)
         return specs
 
     def cache_spec(self, num_pages: int, page_size: int) -> ParameterSpec:

@@ -69,7 +69,7 @@ def dummy_parameters_on_device(
         key = jax.random.fold_in(root, np.uint32(zlib.crc32(name.encode())))
         make = functools.partial(
             _make,
-            dtype=dtype,
+            dtype=spec.dtype(dtype),
             constant=_constant(name),
             fitted=functools.partial(fitted, name),
             sharding=shardings[name],
@@ -82,7 +82,7 @@ def dummy_parameters_on_device(
         else:
             keys = jax.random.split(key, spec.num_layers)
             parameters[name] = [make(one, shape=spec.shape) for one in keys]
-        report(spec.size * dtype.itemsize)
+        report(spec.size * spec.dtype(dtype).itemsize)
     return parameters
 
 

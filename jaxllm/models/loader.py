@@ -81,7 +81,7 @@ def load_parameters(
         load_format = "orbax" if is_orbax_checkpoint(path) else "safetensors"
     logger.info("loading the weights of %s (%s) as %s", path, load_format, dtype)
 
-    total = sum(spec.size for spec in specs.values()) * dtype.itemsize
+    total = sum(spec.size * spec.dtype(dtype).itemsize for spec in specs.values())
     with tqdm(total=total, desc="Loading weights", unit="B", unit_scale=True, disable=not progress) as bar:
         if load_format == "orbax":
             return restore_parameters(
@@ -96,9 +96,11 @@ def load_parameters(
         )
         if stored != specs:
             source = FittedSource(source, stored, specs, queries)
-        placer = Placer(source, dtype, bar.update)
+        held = {spec.dtype(dtype) for spec in specs.values()}
+        placers = {each: Placer(source, each, bar.update) for each in held}
         parameters: Parameters = {}
         for name, spec in specs.items():
+            placer = placers[spec.dtype(dtype)]
             if spec.num_layers is None:
                 parameters[name] = placer.place(name, None, spec, shardings[name])
             elif stack_layers:

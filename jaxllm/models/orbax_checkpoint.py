@@ -178,16 +178,16 @@ def _restore(
     arguments: dict[str, Any] = {}
     fitting: dict[str, Any] = {}
     for name, spec in specs.items():
-        sharding = shardings[name]
+        sharding, held = shardings[name], spec.dtype(dtype)
         if stacked and layer is not None:
             sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
         fit = functools.partial(fitted, name)
-        if jax.eval_shape(fit, jax.ShapeDtypeStruct(spec.shape, dtype)).shape != spec.shape:
+        if jax.eval_shape(fit, jax.ShapeDtypeStruct(spec.shape, held)).shape != spec.shape:
             # What is stored does not divide as the fitted array does: every device restores the whole of it.
             fitting[name] = jax.jit(fit, out_shardings=sharding)
             sharding = NamedSharding(sharding.mesh, PartitionSpec())
-        item: Any = jax.ShapeDtypeStruct(spec.shape, dtype, sharding=sharding)
-        argument: Any = ocp.ArrayRestoreArgs(dtype=dtype, sharding=sharding, global_shape=spec.shape)
+        item: Any = jax.ShapeDtypeStruct(spec.shape, held, sharding=sharding)
+        argument: Any = ocp.ArrayRestoreArgs(dtype=held, sharding=sharding, global_shape=spec.shape)
         items[name] = item if layer is None else {str(layer): item}
         arguments[name] = argument if layer is None else {str(layer): argument}
     restored = checkpointer.restore(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -24,11 +24,17 @@ class ParameterSpec:
         shape: without the layer axis.
         axes: logical axis of each dimension, as `sharding.rules` names them; None is never split.
         num_layers: how many layers have one of these; None where it is not per layer.
+        exact: held in float32, whatever the dtype of the model.
     """
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
     num_layers: int | None = None
+    exact: bool = False
+
+    def dtype(self, of_model: Any) -> np.dtype[Any]:
+        """What it is held in, in a model of this dtype."""
+        return np.dtype(np.float32 if self.exact else of_model)
 
     @property
     def size(self) -> int:

@@ -13,9 +13,13 @@ def make_specs(config: ModelConfig) -> dict[str, ParameterSpec]:
     specs: dict[str, ParameterSpec] = {}
 
     def add(
-        name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], num_layers: int = config.num_layers
+        name: str,
+        shape: tuple[int, ...],
+        axes: tuple[str | None, ...],
+        num_layers: int = config.num_layers,
+        exact: bool = False,
     ) -> None:
-        specs[name] = ParameterSpec(shape, axes, num_layers if name.startswith("layers.") else None)
+        specs[name] = ParameterSpec(shape, axes, num_layers if name.startswith("layers.") else None, exact)
 
     def add_norm(name: str) -> None:
         add(f"{name}.weight", (hidden,), (None,))
@@ -83,7 +87,7 @@ def make_specs(config: ModelConfig) -> dict[str, ParameterSpec]:
         experts, inner, count = config.moe.num_experts, config.moe.intermediate_size, len(config.moe.layers)
         add("layers.mlp.router.weight", (experts, hidden), (None, "embed"), count)
         if config.moe.selection_bias:
-            add("layers.mlp.router.bias", (experts,), (None,), count)
+            add("layers.mlp.router.bias", (experts,), (None,), count, exact=True)
         gate_up = (2, experts, hidden, inner)
         add("layers.mlp.experts.gate_up.weight", gate_up, (None, None, "embed", "mlp"), count)
         add("layers.mlp.experts.down.weight", (experts, inner, hidden), (None, "mlp", "embed"), count)

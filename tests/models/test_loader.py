@@ -401,15 +401,37 @@ def test_the_tables_read_nothing_twice() -> None:
         assert read == {piece.tensor: math.prod(piece.disk_shape) for piece in table.pieces}, name
 
 
-def test_parts_of_a_tensor_are_read_where_they_are(tmp_path: Path) -> None:
-    """Keys and values of all heads come out of one tensor, whichever part of a parameter is read."""
-    config = translate_config(CASES["deepseek-v2-lite"].config)
+def write_case(directory: Path, name: str) -> tuple[ModelConfig, dict[str, np.ndarray]]:
+    """A checkpoint of random numbers for a case of the parity suite."""
+    config = translate_config(CASES[name].config)
     rng, tensors = np.random.default_rng(0), {}
     table = FAMILIES[config.architecture].table(config)
     for piece in (*table.pieces, *table.alternatives[0]):
-        for name in piece.names:
-            tensors[name] = rng.standard_normal(piece.disk_shape).astype(np.float32)
-    write_model(tmp_path, tensors, CASES["deepseek-v2-lite"].config)
+        for tensor in piece.names:
+            tensors[tensor] = rng.standard_normal(piece.disk_shape).astype(np.float32)
+    write_model(directory, tensors, CASES[name].config)
+    return config, tensors
+
+
+@pytest.mark.parametrize("stack_layers", [False, True])
+def test_what_is_exact_is_so_in_a_model_of_bfloat16(tmp_path: Path, stack_layers: bool) -> None:
+    """What DeepSeek-V3 adds to its routers' scores, from a checkpoint and from one of our own."""
+    config, tensors = write_case(tmp_path / "in", "deepseek-v3")
+    specs, name = parameter_specs(config), "layers.mlp.router.bias"
+    assert [key for key, spec in specs.items() if spec.exact] == [name]
+    want = [tensors[f"layers.{layer}.mlp.gate.e_score_correction_bias"] for layer in (1, 2)]
+    options: dict[str, Any] = {"dtype": "bfloat16", "stack_layers": stack_layers}
+    loaded = load_parameters(tmp_path / "in", config, specs, **options)
+    apart = load_parameters(tmp_path / "in", config, specs, dtype="bfloat16")
+    save_parameters(tmp_path, apart)
+    for parameters in (loaded, load_parameters(tmp_path, config, specs, **options)):
+        np.testing.assert_array_equal(np.stack(parameters[name]), want)
+        assert np.stack(parameters["layers.mlp.router.weight"]).dtype == jnp.bfloat16
+
+
+def test_parts_of_a_tensor_are_read_where_they_are(tmp_path: Path) -> None:
+    """Keys and values of all heads come out of one tensor, whichever part of a parameter is read."""
+    config, tensors = write_case(tmp_path, "deepseek-v2-lite")
     specs = parameter_specs(config)
     source = SafetensorsSource(tmp_path, config, specs)
     expanded = tensors["layers.2.self_attn.kv_b_proj.weight"].reshape(4, 10 + 9, 18)
