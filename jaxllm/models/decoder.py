@@ -102,15 +102,14 @@ class DecoderLayer(nnx.Module):
         self.mlp: MLP | MoE
         split = form.mesh_axes("mlp")
         if has_experts and config.moe is not None:
-            parallel = form.expert_parallel
             self.mlp = MoE(
                 config,
                 config.moe,
                 form.dtype,
                 form.feature_major,
                 split,
-                expert_parallel=parallel,
-                exchange_over="data" if parallel and form.axis_size("data") > 1 else None,
+                expert_parallel=form.expert_parallel,
+                exchange_over="data" if form.expert_parallel and form.axis_size("data") > 1 else None,
             )
         else:
             self.mlp = MLP(config, config.intermediate_size, form.dtype, form.feature_major, split)
