@@ -66,6 +66,7 @@ def plan(options: argparse.Namespace) -> Layout:
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,
         block_size=options.block_size,
+        attention_backend="tpu" if options.device.startswith("v") else None,  # v5e, v6e, ... are TPUs
         gpu_memory_utilization=options.gpu_memory_utilization,
         data_parallel_size=options.data_parallel_size,
         enable_expert_parallel=options.enable_expert_parallel,
@@ -128,7 +129,8 @@ def print_layout(layout: Layout, title: str) -> None:
             _size(array.device_bytes),
         )
     table.add_section()
-    model, (rows, width) = layout.fitted, layout.fitted.cache_rows
+    model, (rows, width) = layout.fitted, layout.cache_rows
+    rows *= model.num_kv_heads
     pages = max(layout.num_pages, 0) + 1
     axes = {"pages by data": layout.data, "layers by pipe": layout.pipe, "kv_heads by tensor": layout.tensor}
     table.add_row(

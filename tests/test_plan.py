@@ -70,6 +70,8 @@ def test_deepseek_v3_on_eight_devices_by_hand() -> None:
     assert layout.device_bytes == 2 * (split // 8 + projections + norms)
     # One row a token, which every device has.
     assert layout.page_bytes == 61 * 16 * (512 + 64) * 2
+    on_tpu = layout_of("deepseek-v3", tensor=8, attention_backend="tpu")
+    assert (on_tpu.page_bytes, on_tpu.cache_rows) == (61 * 16 * 768 * 2, (2, 384))
 
 
 @pytest.mark.parametrize(

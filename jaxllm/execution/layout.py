@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from jaxllm.config import EngineConfig
 from jaxllm.execution.memory import page_bytes, step_bytes
+from jaxllm.models.attention_kind import cache_rows
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.decoder import DecoderForm
 from jaxllm.models.fitting import shard_of, shard_specs
 from jaxllm.models.pipelined_decoder import make_decoder
 from jaxllm.models.stages import Stages
+from pallas_kernels.ragged_paged_attention import Backend
 from sharding import DEFAULT_RULES, MESH_AXES, names_of
 
 
@@ -54,6 +57,7 @@ class Layout:
         arrays: every parameter.
         step_bytes: what the largest step takes of a device besides weights and cache, from above.
         page_bytes: of one page, on one device.
+        cache_rows: (rows, numbers in a row) that a KV head takes of a page for each token, or a latent does.
         memory: bytes of a device that may be used.
         num_pages: that fit into what weights and step leave, negative where they do not fit themselves.
         page_size, max_model_len: tokens.
@@ -67,6 +71,7 @@ class Layout:
     arrays: tuple[ArrayLayout, ...]
     step_bytes: int
     page_bytes: int
+    cache_rows: tuple[int, int]
     memory: int
     num_pages: int
     page_size: int
@@ -108,7 +113,8 @@ def lay_out(
     """The layout of a model on `pipe x tensor` devices, or as many for each of several replicas.
 
     Args:
-        config: its dtype and limits must be set; those of data and expert parallelism count.
+        config: its dtype and limits must be set; data and expert parallelism count, and attention_backend,
+            which decides how the cache is held (None: as the portable one has it).
         device_memory: bytes of one device, of which gpu_memory_utilization may be used.
 
     Raises:
@@ -131,7 +137,8 @@ def lay_out(
         split = tuple(tuple(a for a in names if mesh.shape[a] > 1) for names in split)
         arrays.append(ArrayLayout(name, axes, split, shape, part, dtype.itemsize))
     shard = shard_of(decoder.fitted, tensor, pipe, expert_parallel=expert_parallel)
-    page, step = page_bytes(shard, config.block_size, dtype), step_bytes(config, shard, dtype)
+    backend = cast(Backend, config.attention_backend or "xla")
+    page, step = page_bytes(shard, config.block_size, dtype, backend), step_bytes(config, shard, dtype)
     memory = int(device_memory * config.gpu_memory_utilization)
     left = memory - step - sum(array.device_bytes for array in arrays)
     return Layout(
@@ -143,6 +150,7 @@ def lay_out(
         arrays=tuple(arrays),
         step_bytes=step,
         page_bytes=page,
+        cache_rows=cache_rows(shard, backend, shard.num_kv_heads),
         memory=memory,
         num_pages=left // page - 1,  # the null page holds nothing
         page_size=config.block_size,

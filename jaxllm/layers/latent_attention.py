@@ -16,7 +16,7 @@ from flax import nnx
 from jax import lax
 
 from jaxllm.errors import ConfigError
-from jaxllm.layers.attention import AttentionInputs
+from jaxllm.layers.attention import AttentionInputs, OneOfWindows
 from jaxllm.layers.linear import Linear, apply_weight, declare
 from jaxllm.layers.norm import Norm
 from jaxllm.layers.rope import rotate
@@ -135,7 +135,7 @@ class LatentAttention(nnx.Module):
         layer: jax.Array | int,
         inputs: AttentionInputs,
         *,
-        window: int | None,
+        window: int | OneOfWindows | None,
         decode_only: bool,
     ) -> tuple[jax.Array, jax.Array]:
         """x: [T, D] or [D, T]; returns the same shape, and the cache with this layer's new entries."""
