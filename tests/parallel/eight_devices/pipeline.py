@@ -18,6 +18,7 @@ from jaxllm import LLM, SamplingParams, StructuredOutputsParams
 from jaxllm.errors import ConfigError
 from jaxllm.execution import runner
 from jaxllm.execution.buckets import step_shapes
+from jaxllm.execution.layout import lay_out
 from jaxllm.execution.runner import Runner
 from jaxllm.models.families import translate_config
 from tests.parallel.eight_devices.same_tokens import BIAS, LENGTHS, OUTPUT, make_llm, use_one_shape
@@ -158,6 +159,14 @@ def test_each_stage_holds_its_layers_alone(llm: LLM, oracle: Oracle) -> None:
     assert {shard.data.shape for shard in runner._kv_pages.addressable_shards} == {(2, 27, 4, 4, 6)}
     assert {shard.data.shape[0] for shard in runner._params["embed.weight"].addressable_shards} == {256}
     assert {shard.data.shape for shard in runner._hidden.addressable_shards} == {(1, 48, 16)}
+    # What `jaxllm.plan` says before any of it exists.
+    layout = lay_out(llm.llm_engine.config, oracle.model, tensor=1, pipe=4, device_memory=1e9)
+    held = [0] * 4
+    for array in runner._params.values():
+        for shard in array.addressable_shards:
+            held[shard.device.id] += shard.data.nbytes
+    assert held == [layout.device_bytes] * 4
+    assert {shard.data.nbytes for shard in runner._kv_pages.addressable_shards} == {27 * layout.page_bytes}
 
 
 def test_draws_penalties_and_swapped_pages_are_those_of_one_device(
