@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import re
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -206,11 +205,9 @@ def test_experts_of_replicas_exchange_rows_and_nothing_else() -> None:
 # Engines
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_shape() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        use_one_shape(patch)
-        yield
+@pytest.fixture
+def one_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_one_shape(monkeypatch)
 
 
 def serve(llm: LLM, oracle: Oracle, **fields: Any) -> list[Any]:
@@ -262,6 +259,7 @@ def draw(llm: LLM) -> list[list[list[int]]]:
 
 
 def test_two_replicas_of_one_device(tmp_path: Path) -> None:
+    """With a step that only decodes, too."""
     directory, oracle = load(tmp_path, "llama")
     llm = make_llm(directory, 1, data_parallel_size=2)
     try:
@@ -291,6 +289,7 @@ def test_two_replicas_of_one_device(tmp_path: Path) -> None:
         llm.shutdown()
 
 
+@pytest.mark.usefixtures("one_shape")
 def test_two_replicas_of_two_devices(tmp_path: Path) -> None:
     """Preempted requests are kept in the host's memory."""
     directory, oracle = load(tmp_path, "llama")
@@ -311,6 +310,7 @@ def test_two_replicas_of_two_devices(tmp_path: Path) -> None:
         llm.shutdown()
 
 
+@pytest.mark.usefixtures("one_shape")
 def test_experts_on_four_devices_of_two_replicas(tmp_path: Path) -> None:
     directory, oracle = load(tmp_path, "qwen2-moe", num_experts=8)
     llm = make_llm(directory, 2, data_parallel_size=2, enable_expert_parallel=True)
@@ -324,6 +324,7 @@ def test_experts_on_four_devices_of_two_replicas(tmp_path: Path) -> None:
         llm.shutdown()
 
 
+@pytest.mark.usefixtures("one_shape")
 def test_pooled_vectors_are_those_of_one_device(tmp_path: Path) -> None:
     directory = write_model(tmp_path, "qwen2-layer-types")
     prompts = [{"prompt_token_ids": np.random.default_rng(n).integers(601, size=n).tolist()} for n in LENGTHS]
