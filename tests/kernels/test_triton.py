@@ -124,7 +124,7 @@ def test_the_check_catches_a_mask_off_by_one(column: str, by: int, monkeypatch: 
 @needs_triton
 @pytest.mark.parametrize("mistake", ["scale", "page"])
 def test_the_check_catches_a_wrong_scale_and_a_wrong_page(mistake: str) -> None:
-    shape = Mixed(2, 1, 16, 8, 10, 3, 40)
+    shape = Mixed(2, 1, 16, 8, 10, 3, 40, window=20, alibi=True)
     batch = random_batch(shape, 0, 1.0, [(25, 3), (33, 2), (40, 30)])
     wrong = replace(batch, q=batch.q * np.float32(1.0005))
     if mistake == "page":
