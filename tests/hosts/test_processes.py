@@ -149,7 +149,8 @@ def test_a_killed_host_ends_requests_and_server(model: tuple[Path, Oracle], tmp_
         answers: dict[int, str] = {}
 
         def ask(number: int) -> None:
-            answers[number] = server.complete(prompts()[number], 230, n=8, stream=number == 0)
+            fields = {"n": 8, "temperature": 1, "stream": number == 0}
+            answers[number] = server.complete(prompts()[number], 230, **fields)
 
         # One sequence runs, the others wait: thousands of steps.
         threads = [threading.Thread(target=ask, args=[number]) for number in range(4)]
