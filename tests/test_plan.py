@@ -16,6 +16,7 @@ from jax.sharding import AbstractMesh
 
 from benchmarks.shapes import SHAPES
 from jaxllm.config import EngineConfig
+from jaxllm.errors import UnsupportedError
 from jaxllm.execution.abstract import abstract_cache, abstract_parameters
 from jaxllm.execution.layout import Layout, lay_out
 from jaxllm.models.decoder import Decoder, DecoderForm
@@ -190,6 +191,13 @@ def test_what_cannot_be_is_an_error(
     model = write_config(tmp_path / "config.json", "llama-3.1-8b", **changes)
     assert main([model, *arguments]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_replicas_of_a_pipeline_are_refused() -> None:
+    with pytest.raises(
+        UnsupportedError, match="size=2 with data_parallel_size=3: replicas of a pipeline"
+    ):
+        layout_of("llama-3.2-1b", pipe=2, data_parallel_size=3)
 
 
 def test_stages_of_unlike_layers_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
