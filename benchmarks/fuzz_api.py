@@ -15,7 +15,6 @@ import argparse
 import random
 import sys
 import tempfile
-from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +37,7 @@ FLAGS += ["--max-model-len", "512", "--max-num-seqs", "16"]
 _CAPS = {"max_tokens": 8, "max_completion_tokens": 8, "max_output_tokens": 8, "n": 2, "min_tokens": 2}
 # What a request cannot do without.
 _ASKED = {
+    "max_tokens",
     "prompt",
     "messages",
     "input",
@@ -63,12 +63,13 @@ class Results:
     """
 
     num_requests: int = 0
-    statuses: dict[str, Counter[int]] = field(default_factory=dict)
+    statuses: dict[str, dict[int, int]] = field(default_factory=dict)
     wrong: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, label: str, request: str, status: int, text: str, why: str | None) -> None:
         self.num_requests += 1
-        self.statuses.setdefault(label, Counter())[status] += 1
+        counts = self.statuses.setdefault(label, {})
+        counts[status] = counts.get(status, 0) + 1
         if why is not None:
             self.wrong.append({"why": why, "request": request, "status": status, "answer": text[:1000]})
 
@@ -93,6 +94,7 @@ def fuzz(url: str, num_requests: int, *, start: int = 0, examples: int = _EXAMPL
         if mode is GenerationMode.POSITIVE
         or "requestBody" in document["paths"][operation.path][operation.method]
     ]
+    random.Random(start).shuffle(modes)
     results = Results()
     rounds = 0
     with requests.Session() as session:
@@ -132,11 +134,13 @@ def _draw(
 def _tame(body: dict[str, Any], dice: random.Random) -> dict[str, Any]:
     """The same body, most often for the model that is there, and for little of it."""
     if dice.random() < 0.7:  # Of many fields at once, one is nearly always refused.
-        body = {name: value for name, value in body.items() if name in _ASKED or dice.random() < 0.2}
+        body = {name: value for name, value in body.items() if name in _ASKED or dice.random() < 0.03}
     else:
         body = dict(body)
     if dice.random() < 0.9:
         body.pop("model", None)
+    if "messages" in body and dice.random() < 0.7:  # The document says little of what a message is.
+        body["messages"] = [{"role": "user", "content": str(body["messages"])}]
     for name, cap in _CAPS.items():
         if type(body.get(name)) is int and body[name] > cap:
             body[name] = cap

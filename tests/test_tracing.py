@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
 import pytest
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -23,6 +20,7 @@ from jaxllm.sampling_params import SamplingParams
 from jaxllm.scheduling.plan import Plan, RequestUpdate
 from jaxllm.serve.config import ServerConfig
 from jaxllm.tracing import SpanRecorder, make_exporter, span_attributes, start_tracing, trace_headers_of
+from tests.otlp_collector import Collector
 from tests.serve.conftest import Api
 from tests.serve.fake_engine import wait_until
 from tests.serve.scheduled_engine import ScheduledFakeEngine
@@ -101,41 +99,6 @@ def test_spans_are_parts_of_their_callers_traces() -> None:
 def test_only_headers_of_traces_are_kept() -> None:
     assert trace_headers_of({**HEADERS, "authorization": "secret"}) == HEADERS
     assert trace_headers_of({"authorization": "secret"}) is None
-
-
-class Collector:
-    """Takes spans by OTLP over HTTP."""
-
-    def __init__(self) -> None:
-        self.spans: list[Any] = []
-        collector = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["content-length"]))
-                if self.headers.get("content-encoding") == "gzip":
-                    import gzip
-
-                    body = gzip.decompress(body)
-                request = ExportTraceServiceRequest.FromString(body)
-                for resource in request.resource_spans:
-                    for scope in resource.scope_spans:
-                        collector.spans += scope.spans
-                self.send_response(200)
-                self.end_headers()
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self.server = HTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1/traces"
-        self.thread = threading.Thread(target=self.server.serve_forever)
-        self.thread.start()
-
-    def close(self) -> None:
-        self.server.shutdown()
-        self.thread.join(10)
-        self.server.server_close()
 
 
 @pytest.fixture

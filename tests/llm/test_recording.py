@@ -13,6 +13,7 @@ from jaxllm.replay.__main__ import main
 from jaxllm.scheduling import Plan, load_policy
 from jaxllm.scheduling.recording.schedule import read_schedule
 from jaxllm.scheduling.simulator import read_trace, simulate
+from tests.otlp_collector import Collector
 
 Row = tuple[int, int, int, bool]
 
@@ -29,8 +30,10 @@ class Plans:
 
 
 def test_a_recording_simulated_again_gives_the_same_plans(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/protobuf")
+    collector = Collector()
     rng = random.Random(5)
     stems = [[rng.randrange(1000) for _ in range(80)] for _ in range(2)]
     prompts = [
@@ -47,7 +50,8 @@ def test_a_recording_simulated_again_gives_the_same_plans(
         "max_num_batched_tokens": 64,
         "num_gpu_blocks_override": 12,
     }
-    with LLM(**arguments, record_schedule=schedule, record_trace=trace) as llm:
+    files = {"record_schedule": schedule, "record_trace": trace}
+    with LLM(**arguments, **files, otlp_traces_endpoint=collector.url) as llm:  # type: ignore[arg-type]
         assert llm.llm_engine.scheduler.num_preemptions == 0
         given = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]
         llm.generate(given, params, use_tqdm=False)
@@ -56,6 +60,13 @@ def test_a_recording_simulated_again_gives_the_same_plans(
             llm.llm_engine.scheduler.num_preemptions,
         )
     assert hits and preemptions
+    collector.close()
+    attributes = [{pair.key: pair.value for pair in span.attributes} for span in collector.spans]
+    assert sorted(spoken["gen_ai.usage.completion_tokens"].int_value for spoken in attributes) == sorted(
+        one.max_tokens or 0 for one in params
+    )
+    latencies = [name for name in attributes[0] if name.startswith("gen_ai.latency.")]
+    assert len(latencies) == 6 and all(name in spoken for spoken in attributes for name in latencies)
 
     read = read_schedule(schedule)
     recorded = [sorted((r.request.number, *r[1:]) for r in read.rows(i)) for i in range(len(read.steps))]
