@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 import logging
 from dataclasses import dataclass
@@ -113,6 +114,11 @@ def _missing_for_triton(head_dim: int, compute_capability: float | None) -> str 
         return f"takes a head_dim of up to 256, and this model has {head_dim}"
     if importlib.util.find_spec("jax_triton") is None:
         return "needs jax-triton: pip install 'jaxllm[cuda]', with Python 3.12 or newer"
+    if jax.__version_info__ >= (0, 12) and importlib.metadata.version("jax-triton") == "0.4.1":
+        # Whose rule for leaving out what is unused is called otherwise there.
+        return (
+            f"needs JAX 0.11 beside jax-triton 0.4.1, and this is {jax.__version__}: pip install 'jax<0.12'"
+        )
     return None
 
 

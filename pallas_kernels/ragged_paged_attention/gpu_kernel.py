@@ -35,6 +35,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.ragged_paged_attention import gpu_schedule as schedule
 from pallas_kernels.ragged_paged_attention.gpu_fetch import MATRIX, Pages, Share, fetch, load, shared
+from pallas_kernels.ragged_paged_attention.gpu_tiles import cost_of_tiles
 
 LOG2E = math.log2(math.e)
 # Stands for minus infinity, whose difference with itself would be NaN.
@@ -226,6 +227,10 @@ def attend_tiles(
                 plgpu.set_max_registers(registers[1], action="increase")
             compute()
 
+    # A kernel of Mosaic GPU takes an estimate from JAX 0.12 on.
+    cost: dict[str, Any] = {}
+    if jax.__version_info__ >= (0, 12):
+        cost["cost_estimate"] = cost_of_tiles(q, kv_pages, page_table)
     kernel = plgpu.kernel(
         paged_attention,
         out_type=(
@@ -244,6 +249,7 @@ def attend_tiles(
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
+        **cost,
     )
     out, lse = kernel(q, flat_pages, layer, page_table, items, begin, end, optional)
     return out, lse

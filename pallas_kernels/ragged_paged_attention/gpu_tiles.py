@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
 from pallas_kernels.ragged_paged_attention.cache import token_positions, write_new_tokens
 from pallas_kernels.ragged_paged_attention.gpu_schedule import (
@@ -113,6 +114,18 @@ def attend_in_tiles(
         out, lse = jnp.where(few[..., None], out, out_of_long), jnp.where(few, lse, lse_of_long)
     out = jnp.where(is_real[:, None, None, None], out, 0)
     return out.astype(q.dtype).reshape(q.shape), kv_pages, lse.reshape(tokens, heads)
+
+
+def cost_of_tiles(q: jax.Array, kv_pages: jax.Array, page_table: jax.Array) -> pl.CostEstimate:
+    """Of tiles whose sequences fill the page table: lengths are not known when this is compiled."""
+    page_size, heads_of_both, head_dim = kv_pages.shape[2:]
+    keys = page_table.shape[1] * page_size
+    kv_bytes = keys * heads_of_both * head_dim * kv_pages.dtype.itemsize
+    return pl.CostEstimate(
+        flops=4 * q.size * keys,
+        transcendentals=q.size // head_dim * keys,
+        bytes_accessed=q.shape[0] * kv_bytes + 2 * q.size * q.dtype.itemsize,
+    )
 
 
 def split_decodes(

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.ragged_paged_attention.gpu_tiles import attend_in_tiles, split_decodes
+from pallas_kernels.ragged_paged_attention.gpu_tiles import attend_in_tiles, cost_of_tiles, split_decodes
 from pallas_kernels.ragged_paged_attention.options import AttentionOptions
 
 # Streaming multiprocessors of an A100; on others only the balance of the work differs.
@@ -182,7 +182,7 @@ def _attend_tiles(
     narrow = kv_pages.dtype.itemsize == 1
     pages = lax.bitcast_convert_type(kv_pages, jnp.int8) if narrow else kv_pages
     optional = (tree, tree_bits, position, slopes, sinks, factors)
-    keys = page_table.size * page_size
+    cost = cost_of_tiles(q, kv_pages, page_table)
     return launch(
         Launch(
             operands=(
@@ -216,12 +216,7 @@ def _attend_tiles(
             },
             programs=num_items * kv_heads,
             cut=cut,
-            # Of a batch that fills its page table: lengths are not known when this is compiled.
-            cost={
-                "flops": 4 * cut.rows * kv_heads * head_dim * keys,
-                "bytes_accessed": 2 * kv_heads * head_dim * keys * kv_pages.dtype.itemsize
-                + 2 * q.size * q.dtype.itemsize,
-            },
+            cost={"flops": cost.flops, "bytes_accessed": cost.bytes_accessed},
         )
     )
 

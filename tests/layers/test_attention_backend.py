@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import logging
 
@@ -18,6 +19,8 @@ from pallas_kernels.ragged_paged_attention import BACKENDS
 def has_jax_triton(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     found = object() if request.param else None
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.4.1")
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
     return bool(request.param)
 
 
@@ -67,6 +70,18 @@ def test_latent_attention_has_a_choice_of_its_own(caplog: pytest.LogCaptureFixtu
         choose_latent_backend("tpu", "cpu")
     with pytest.raises(ConfigError, match=r"'cuda': .*no such backend.*reference, xla, tpu\."):
         choose_latent_backend("cuda", "tpu")
+
+
+def test_a_jax_that_jax_triton_does_not_know_yet_is_named(
+    has_jax_triton: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jax, "__version_info__", (0, 12, 0))
+    assert choose_backend(None, "gpu", 128, 8.0) == "xla"
+    message = r"needs JAX 0\.11 beside jax-triton 0\.4\.1" if has_jax_triton else "pip install"
+    with pytest.raises(ConfigError, match=message):
+        choose_backend("triton", "gpu", 128, 8.0)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.5.0")
+    assert choose_backend(None, "gpu", 128, 8.0) == ("triton" if has_jax_triton else "xla")
 
 
 def test_what_cannot_run_here_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
