@@ -344,7 +344,9 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
         ConfigError, match=r"'experts' of size 6 .* 4 shards of the mesh axis 'data' x 'tensor'"
     ):
         make_llm(directory, 2, data_parallel_size=2, enable_expert_parallel=True)
-    with pytest.raises(ConfigError, match=r"data_parallel_size=5: a mesh of data=5 .* needs 10 devices"):
+    with pytest.raises(ConfigError, match=r"data_parallel_size=5, .*: a mesh of data=5 .* needs 10 devices"):
         make_llm(directory, 2, data_parallel_size=5)
+    with pytest.raises(UnsupportedError, match="pipeline_parallel_size=2 with data_parallel_size=2"):
+        make_llm(directory, 1, data_parallel_size=2, pipeline_parallel_size=2)
     with pytest.raises(UnsupportedError, match="record_schedule with data_parallel_size=2"):
         make_llm(directory, 1, data_parallel_size=2, record_schedule=str(tmp_path / "schedule"))
