@@ -164,9 +164,9 @@ assert_same(load(path, load_format="dummy", seed=1, mesh=mesh), {k: np.asarray(v
 try:
     load(path / "in", mesh=make_mesh(tensor=4))
 except ConfigError as error:
-    assert "embed.weight: the axis 'vocab' of size 22" in str(error) and "4 shards" in str(error), error
+    assert "qkv.weight: the axis 'kv_heads' of size 2" in str(error) and "4 shards" in str(error), error
 else:
-    raise AssertionError("accepted a vocabulary that does not divide")
+    raise AssertionError("accepted heads that do not divide")
 print("all well")
 """
 
