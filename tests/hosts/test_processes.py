@@ -25,11 +25,14 @@ START = 300  # seconds, on a machine that does other things as well
 IN_TIME = 30  # seconds in which everybody must have ended
 
 
+def model_of(directory: Path, layers: int) -> tuple[Path, Oracle]:
+    write_model(directory, "llama", num_hidden_layers=layers)
+    return directory, Oracle(directory, translate_config(hf_config("llama", num_hidden_layers=layers)))
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Oracle]:
-    # Compiling is what these tests wait for.
-    directory = write_model(tmp_path_factory.mktemp("llama"), "llama", num_hidden_layers=1)
-    return directory, Oracle(directory, translate_config(hf_config("llama", num_hidden_layers=1)))
+    return model_of(tmp_path_factory.mktemp("llama"), layers=1)  # compiling is what these tests wait for
 
 
 def prompts() -> list[list[int]]:
@@ -101,10 +104,10 @@ class Server:
         before: Python to run in host 0's process first.
     """
 
-    def __init__(self, processes: Processes, directory: Path, before: str = "") -> None:
+    def __init__(self, processes: Processes, directory: Path, before: str = "", **settings: Any) -> None:
         port, self.port = two_free_ports(), two_free_ports()
         self.url = f"http://127.0.0.1:{self.port}"
-        settings = {**ENGINE, "tensor_parallel_size": 2, "nnodes": 2, "master_port": port}
+        settings = {**ENGINE, **settings, "nnodes": 2, "master_port": port}
         arguments = [str(directory), *flags({**settings, "port": self.port, "host": "127.0.0.1"})]
         code = f"import sys; {before or 'pass'}; from jaxllm.serve.__main__ import main; sys.exit(main())"
         processes.start(["-c", code, *arguments])
@@ -142,7 +145,7 @@ class Server:
 def test_a_killed_host_ends_requests_and_server(model: tuple[Path, Oracle], tmp_path: Path) -> None:
     directory, oracle = model
     with Processes(tmp_path) as processes:
-        server = Server(processes, directory)
+        server = Server(processes, directory, tensor_parallel_size=2)
         prompt = prompts()[0]
         answer = json.loads(server.complete(prompt, OUTPUT))
         assert answer["choices"][0]["token_ids"] == oracle.greedy(prompt, OUTPUT)
@@ -169,11 +172,15 @@ def test_a_killed_host_ends_requests_and_server(model: tuple[Path, Oracle], tmp_
         assert time.monotonic() - started < IN_TIME
 
 
-def test_a_stopped_host_is_as_dead(model: tuple[Path, Oracle], tmp_path: Path) -> None:
-    """Also while nobody asks for anything; when it goes on, it ends."""
+def test_a_stopped_host_is_as_dead(tmp_path: Path) -> None:
+    """Here a stage of a pipeline, while nobody asks for anything; when it goes on, it ends."""
+    directory, oracle = model_of(tmp_path, layers=2)
     with Processes(tmp_path) as processes:
         # Otherwise this would take 15 seconds; that it is less than 30 is asserted elsewhere.
-        server = Server(processes, model[0], "import jaxllm.execution.hosts.group as g; g.SILENCE = 3.0")
+        patience = "import jaxllm.execution.hosts.group as g; g.SILENCE = 3.0"
+        server = Server(processes, directory, patience, pipeline_parallel_size=2)
+        answer = json.loads(server.complete(prompts()[1], OUTPUT))
+        assert answer["choices"][0]["token_ids"] == oracle.greedy(prompts()[1], OUTPUT)
         os.kill(processes.started[1].pid, signal.SIGSTOP)
         assert "host 1 has not been heard of for" in server.last_words()
         refused = server.complete(prompts()[0], 3)
