@@ -194,9 +194,7 @@ def test_what_cannot_be_is_an_error(
 
 
 def test_replicas_of_a_pipeline_are_refused() -> None:
-    with pytest.raises(
-        UnsupportedError, match="size=2 with data_parallel_size=3: replicas of a pipeline"
-    ):
+    with pytest.raises(UnsupportedError, match="size=2 with data_parallel_size=3: replicas of a pipeline"):
         layout_of("llama-3.2-1b", pipe=2, data_parallel_size=3)
 
 
