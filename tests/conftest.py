@@ -44,6 +44,7 @@ LONGEST = (
     "tests/parity/test_goldens.py",
     "tests/kernels/test_gpu.py",
     "tests/kernels/test_tpu.py",
+    "tests/kernels/test_mla_tpu.py",
     "tests/kernels/test_ragged_paged_attention.py",
     "tests/llm/test_batched_equals_alone.py",
     "tests/llm/test_structured_outputs.py",

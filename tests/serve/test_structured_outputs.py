@@ -44,7 +44,7 @@ class Place(BaseModel):
 def demo() -> Iterator[Api]:
     """The demo model behind the routes, without a socket."""
     config = EngineConfig(
-        max_model_len=1024, max_num_seqs=8, max_num_batched_tokens=64, disable_log_stats=True
+        max_model_len=1024, max_num_seqs=2, max_num_batched_tokens=16, disable_log_stats=True
     )
     engine = AsyncEngine(Engine.from_config(config))
     try:
