@@ -147,8 +147,9 @@ def choose_tiling(
     large = (head_dim > 128) + (max(q.dtype.itemsize, kv_pages.dtype.itemsize) == 4)
     keys = 64 >> large
     rows = min(64 >> large, max(16, pl.next_power_of_2(group)))
-    # What a tree shows takes registers, too.
-    long = Cut(rows=128 >> max(large, options.tree_mask is not None), keys=keys, warps=8)
+    # What a tree shows takes registers, too, and so does widening pages of 8 bits.
+    crowded = options.tree_mask is not None or kv_pages.dtype.itemsize == 1
+    long = Cut(rows=128 >> max(large, crowded), keys=keys, warps=8)
     if not options.decode_only and capacity <= 4096:
         return Tiling(Cut(rows=rows, keys=keys), long)
     splits, pieces = split_decodes(group, kv_heads, num_seqs, 2 * NUM_SMS, rows, options)
