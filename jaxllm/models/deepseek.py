@@ -45,6 +45,7 @@ DEEPSEEK_V3_DEFAULTS = {
     "norm_topk_prob": True,
     "num_experts": 256,
     "num_experts_per_tok": 8,
+    "num_nextn_predict_layers": 1,
     "routed_scaling_factor": 2.5,
     "topk_group": 4,
 }
