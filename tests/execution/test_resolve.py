@@ -102,6 +102,7 @@ def test_nothing_is_left_open() -> None:
         "tokenizer", "revision", "tokenizer_revision", "download_dir", "kv_cache_memory_bytes",
         "num_gpu_blocks_override", "attention_backend", "compilation_cache_dir",
         "record_schedule", "record_trace", "distributed_executor_backend", "distributed_timeout_seconds",
+            "otlp_traces_endpoint",
     }  # fmt: skip
     unset = {f.name for f in fields(config) if getattr(config, f.name) is None}
     assert unset == open_by_nature
