@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from pallas_kernels.mla_ragged_paged_attention import cache_rows, mla_ragged_paged_attention
 from pallas_kernels.mla_ragged_paged_attention.shapes import LAYERS
@@ -161,7 +161,7 @@ def test_a_loop_of_layers_never_copies_the_cache() -> None:
 
 def test_heads_are_shared_and_rows_are_not() -> None:
     """Under `shard_map` a device has its own heads, and writes the same rows as the others: no collective."""
-    mesh = AbstractMesh((4,), ("tensor",))
+    mesh = AbstractMesh((4,), ("tensor",), axis_types=(AxisType.Auto,))
     heads, whole = PartitionSpec(None, "tensor"), PartitionSpec()
     op = functools.partial(mla_ragged_paged_attention, scale=0.3, backend="xla")
     sharded = jax.shard_map(
