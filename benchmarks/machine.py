@@ -11,13 +11,11 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.report import add_output_arguments, print_table, write_json
+from jaxllm.scheduling.simulator import best_seconds, host_bandwidth
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,35 +49,11 @@ class Machine:
         )
 
 
-def best_seconds(run: Callable[[], object], *, repeats: int = 7) -> float:
-    """The shortest of several runs, after one that warms up."""
-    run()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
 def cpu_name() -> str:
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
-
-
-def _host_bandwidth(num_bytes: int) -> tuple[float, float]:
-    """Read and copy bandwidth of main memory, one thread a core: a single one does not saturate it."""
-    import numpy as np
-
-    threads = len(os.sched_getaffinity(0))
-    source = [np.ones(num_bytes // threads // 8) for _ in range(threads)]
-    target = [np.zeros_like(part) for part in source]
-    with ThreadPoolExecutor(threads) as pool:
-        read = best_seconds(lambda: list(pool.map(np.max, source)))
-        copy = best_seconds(lambda: list(pool.map(np.copyto, target, source)))
-    return num_bytes / read, 2 * num_bytes / copy
 
 
 def _device_bandwidth(num_bytes: int) -> tuple[float, float]:
@@ -111,7 +85,7 @@ def measure() -> Machine:
     device = jax.devices()[0]
     on_cpu = device.platform == "cpu"
     if on_cpu:
-        read, copy = _host_bandwidth(512 << 20)
+        read, copy = host_bandwidth(512 << 20)
     else:
         read, copy = _device_bandwidth(4 << 30)
     # bfloat16 is emulated on CPUs, far below what any engine would use there.

@@ -31,6 +31,7 @@ from jaxllm.scheduling.simulator import (
     DEVICES,
     WORKLOADS,
     CostModel,
+    Device,
     FittedCost,
     ModelFigures,
     RooflineCost,
@@ -39,6 +40,7 @@ from jaxllm.scheduling.simulator import (
     read_trace,
     simulate,
     summarize,
+    this_cpu,
 )
 from jaxllm.scheduling.simulator.report import Outcome, draw, write_html, write_pictures
 
@@ -96,14 +98,13 @@ def run(options: argparse.Namespace) -> list[Outcome]:
     """
     model = translate_config(read_config(resolve_model(options.model)))
     figures = figures_of(model, options.dtype)
-    config = _scheduler_config(options, model, figures)
+    device = this_cpu() if options.device == "cpu" else DEVICES[options.device]
+    config = _scheduler_config(options, model, figures, device)
     cost: CostModel
     if options.cost is not None:
         cost = FittedCost.load(options.cost)
     else:
-        cost = RooflineCost(
-            figures, DEVICES[options.device], options.num_devices, page_size=options.block_size
-        )
+        cost = RooflineCost(figures, device, options.num_devices, page_size=options.block_size)
     rates: Sequence[float | None] = [None] if options.trace else options.rate
     pairs = [(policy, rate) for rate in rates for policy in options.policy]
     outcomes = []
@@ -122,11 +123,10 @@ def _trace(options: argparse.Namespace, rate: float | None) -> Iterable[TracedRe
 
 
 def _scheduler_config(
-    options: argparse.Namespace, model: ModelConfig, figures: ModelFigures
+    options: argparse.Namespace, model: ModelConfig, figures: ModelFigures, device: Device
 ) -> SchedulerConfig:
     num_pages = options.num_gpu_blocks
     if num_pages is None:
-        device = DEVICES[options.device]
         memory = device.memory * options.num_devices * options.gpu_memory_utilization
         free = memory - figures.weight_bytes
         num_pages = int(free / (figures.kv_bytes_per_token * options.block_size))
@@ -235,7 +235,12 @@ def make_parser(program: str = "python -m jaxllm.simulate") -> argparse.Argument
     add("--seed", type=int, default=0)
     add("--model", default=DEMO_MODEL, help="directory or hub name; only its config.json is read")
     add("--dtype", choices=list(_DTYPE_BYTES), default="bfloat16")
-    add("--device", choices=list(DEVICES), default="h100")
+    add(
+        "--device",
+        choices=[*DEVICES, "cpu"],
+        default="h100",
+        help="cpu is this machine's, measured now, with all its memory",
+    )
     add("--num-devices", type=int, default=1, metavar="N", help="chips that share the work evenly")
     add("--cost", type=Path, metavar="FILE", help="fitted cost model, in place of the device's roofline")
     add("--max-num-seqs", type=int, default=256, metavar="N")

@@ -35,6 +35,7 @@ from jaxllm.scheduling.simulator import (
     read_trace,
     simulate,
     summarize,
+    this_cpu,
     write_trace,
 )
 from jaxllm.scheduling.simulator.costs import StepFeatures
@@ -394,6 +395,14 @@ def test_a_line_that_is_no_request_is_named(tmp_path: Path, line: str) -> None:
         list(read_trace(path))
 
 
+def test_the_cpu_at_hand_is_a_device() -> None:
+    device = this_cpu(num_bytes=1 << 22, size=256)
+    # No processor that runs this is slower, and none is faster than the fastest accelerator.
+    assert 1e8 < device.flops < DEVICES["h200"].flops
+    assert 1e8 < device.bandwidth < DEVICES["h200"].bandwidth
+    assert device.memory > 1e9
+
+
 class TestCommandLine:
     ARGUMENTS = ("--num-requests", "40", "--num-gpu-blocks", "400", "--rate", "20,40")
 
@@ -411,6 +420,10 @@ class TestCommandLine:
             ("fcfs", 20.0), ("mlfq", 20.0), ("fcfs", 40.0), ("mlfq", 40.0),
         ]  # fmt: skip
         assert all(row["summary"]["num_requests"] == 40 for row in rows)
+
+    def test_on_the_cpu_at_hand(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert self.run("--device", "cpu") == 0
+        assert "1 x cpu" in capsys.readouterr().out
 
     def test_pictures_and_a_page_that_needs_nothing_beside_it(self, tmp_path: Path) -> None:
         page, plots = tmp_path / "out.html", tmp_path / "plots"

@@ -11,6 +11,7 @@ from jaxllm.scheduling.simulator.devices import DEVICES, INTERCONNECTS, Device, 
 from jaxllm.scheduling.simulator.fitted import FittedCost, RecordedStep
 from jaxllm.scheduling.simulator.metrics import Summary, summarize
 from jaxllm.scheduling.simulator.simulate import RequestRecord, Simulation, StepRecord, simulate
+from jaxllm.scheduling.simulator.this_machine import best_seconds, host_bandwidth, this_cpu
 from jaxllm.scheduling.simulator.trace import TracedRequest, read_trace, write_trace
 from jaxllm.scheduling.simulator.work import Shape, Tiles, Work
 from jaxllm.scheduling.simulator.workloads import WORKLOADS, make_workload
@@ -34,9 +35,12 @@ __all__ = [
     "Tiles",
     "TracedRequest",
     "Work",
+    "best_seconds",
+    "host_bandwidth",
     "make_workload",
     "read_trace",
     "simulate",
     "summarize",
+    "this_cpu",
     "write_trace",
 ]
