@@ -22,22 +22,13 @@ from rich.table import Table
 from jaxllm.config import EngineConfig
 from jaxllm.errors import ConfigError, JaxLLMError
 from jaxllm.execution.layout import Layout, lay_out
-from jaxllm.models.config import ModelConfig
 from jaxllm.models.families import translate_config
-from jaxllm.models.hub import read_config, read_config_file, resolve_model
+from jaxllm.models.hub import read_config_of
 from jaxllm.models.loader import DTYPES
 from jaxllm.scheduling.simulator import DEVICES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-
-def read_model(name: str, revision: str | None, overrides: dict[str, Any]) -> ModelConfig:
-    """A model from its `config.json`: that file, a directory with one, "demo", or a name on the hub."""
-    path = Path(name).expanduser()
-    if path.is_file():
-        return translate_config(read_config_file(path), overrides)
-    return translate_config(read_config(resolve_model(name, revision, config_only=True)), overrides)
 
 
 def plan(options: argparse.Namespace) -> Layout:
@@ -47,7 +38,7 @@ def plan(options: argparse.Namespace) -> Layout:
         ConfigError: the mesh cannot split the model, there are more stages than layers, or no experts.
         JaxLLMError: the model cannot be read, or is of a family that is not served.
     """
-    model = read_model(options.model, options.revision, options.hf_overrides)
+    model = translate_config(read_config_of(options.model, options.revision), options.hf_overrides)
     if options.pipeline_parallel_size > model.num_layers:
         raise ConfigError(
             f"pipeline_parallel_size={options.pipeline_parallel_size} is more than the {model.num_layers} "

@@ -1,6 +1,6 @@
 """`python -m jaxllm.simulate`: traffic on a device that need not be there, under any scheduling policy.
 
-    python -m jaxllm.simulate --policy fcfs,sarathi,vtc --workload chat --rate 2:20 --device h200 --model DIR
+    python -m jaxllm.simulate --policy fcfs,vtc --workload chat --rate 2:20 --device h200 --model config.json
 
 Prints a table of what each policy comes to at each rate; `--html` and `--plots` draw it. The scheduler
 and the policies are those that serve; how long a step takes comes from a roofline of the device, or from
@@ -25,7 +25,7 @@ from jaxllm.config import DEMO_MODEL, SchedulerConfig
 from jaxllm.errors import ConfigError, JaxLLMError
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.families import translate_config
-from jaxllm.models.hub import read_config, resolve_model
+from jaxllm.models.hub import read_config_of
 from jaxllm.scheduling.policies import load_policy
 from jaxllm.scheduling.simulator import (
     DEVICES,
@@ -96,7 +96,7 @@ def run(options: argparse.Namespace) -> list[Outcome]:
         ConfigError: a combination of options that makes no sense.
         JaxLLMError, ValueError: the model, the policy or a file cannot be used.
     """
-    model = translate_config(read_config(resolve_model(options.model)))
+    model = translate_config(read_config_of(options.model))
     figures = figures_of(model, options.dtype)
     device = this_cpu() if options.device == "cpu" else DEVICES[options.device]
     config = _scheduler_config(options, model, figures, device)
@@ -233,7 +233,7 @@ def make_parser(program: str = "python -m jaxllm.simulate") -> argparse.Argument
     add("--rate", type=parse_rates, default=[4.0], metavar="R", help="requests a second: 4, 2,4,8 or 2:20")
     add("--num-requests", type=int, default=1000, metavar="N", help="of the workload (default: 1000)")
     add("--seed", type=int, default=0)
-    add("--model", default=DEMO_MODEL, help="directory or hub name; only its config.json is read")
+    add("--model", default=DEMO_MODEL, help="directory, hub name or config.json, which is all that is read")
     add("--dtype", choices=list(_DTYPE_BYTES), default="bfloat16")
     add(
         "--device",

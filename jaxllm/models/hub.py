@@ -55,14 +55,24 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         ModelNotFoundError: it is missing, or not a JSON object.
     """
-    return read_config_file(path / CONFIG_FILE)
-
-
-def read_config_file(file: Path) -> dict[str, Any]:
-    """The same by the file's own path."""
-    config = _read_json(file)
+    config = _read_json(path / CONFIG_FILE)
     if config is None:
-        raise ModelNotFoundError(f"{file.parent} holds no {file.name}; is it the model's directory?")
+        raise ModelNotFoundError(f"{path} holds no {CONFIG_FILE}; is it the model's directory?")
+    return config
+
+
+def read_config_of(name: str, revision: str | None = None) -> dict[str, Any]:
+    """The parsed `config.json` of a model without its weights: that file, a directory with one, "demo", or a
+    name on the hub.
+
+    Raises:
+        ModelNotFoundError: there is no such model, or its configuration cannot be read.
+    """
+    file = Path(name).expanduser()
+    if not file.is_file():
+        return read_config(resolve_model(name, revision, config_only=True))
+    config = _read_json(file)
+    assert config is not None  # It is a file.
     return config
 
 

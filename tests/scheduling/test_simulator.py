@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import jaxllm
 from jaxllm.execution.batch import StepShape
 from jaxllm.execution.buckets import choose
 from jaxllm.models.config import MoEConfig
@@ -421,8 +422,12 @@ class TestCommandLine:
         ]  # fmt: skip
         assert all(row["summary"]["num_requests"] == 40 for row in rows)
 
-    def test_on_the_cpu_at_hand(self, capsys: pytest.CaptureFixture[str]) -> None:
-        assert self.run("--device", "cpu") == 0
+    def test_on_the_cpu_at_hand_from_a_config_alone(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        config = Path(jaxllm.__file__).parent / "demo" / "config.json"
+        (tmp_path / "config.json").write_text(config.read_text())
+        assert self.run("--device", "cpu", "--model", str(tmp_path / "config.json")) == 0
         assert "1 x cpu" in capsys.readouterr().out
 
     def test_pictures_and_a_page_that_needs_nothing_beside_it(self, tmp_path: Path) -> None:
