@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import subprocess
-import sys
 import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from typing import Any
 from benchmarks.checkpoint import write_checkpoint
 from benchmarks.peers import ENVIRONMENTS, ROOT
 from benchmarks.report import add_output_arguments, print_table, write_json
-from benchmarks.servers import Server
+from benchmarks.servers import Server, start_servers
 from benchmarks.shapes import SHAPES
 
 # The command of a build for CPUs does not find its own version; its module runs all the same.
@@ -137,17 +136,12 @@ def main(arguments: list[str] | None = None) -> None:
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="jaxllm-foreign-")))
         model = write_checkpoint(options.shape, scratch / options.shape)
-        logs = options.logs or scratch
-        logs.mkdir(parents=True, exist_ok=True)
         flags = ["--served-model-name", "served", "--dtype", "float32", "--max-model-len", "2048"]
         flags += ["--max-num-seqs", str(options.max_num_seqs)]
         servers: list[Server] = []
-        for name, python in (("jaxllm", sys.executable), ("vllm", options.peer_python)):
-            server = stack.enter_context(Server(name, python, str(model), logs / f"{name}.log", flags))
+        for server in start_servers(stack, str(model), options.logs or scratch, flags, options.peer_python):
             servers.append(server)
-            print(f"{name} started in {server.start_seconds:.1f} s", flush=True)
             drive(options.peer_python, server, model, options.rate[0], options)  # warms up
-            server.pause()
         runs: list[Run] = []
         for rate in options.rate:
             for server in servers:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import httpx
@@ -72,3 +74,17 @@ class Server(EngineProcess):
         with suppress(httpx.HTTPError):
             return httpx.get(f"{self.url}/health", timeout=5).status_code == 200
         return False
+
+
+def start_servers(
+    stack: ExitStack, model: str, logs: Path, flags: list[str], peer_python: str | None
+) -> Iterator[Server]:
+    """Ours and, with an interpreter that has it, vLLM's; each is stopped once it was taken and warmed up."""
+    logs.mkdir(parents=True, exist_ok=True)
+    for name, python in (("jaxllm", sys.executable), ("vllm", peer_python)):
+        if python is None:
+            continue
+        server = stack.enter_context(Server(name, python, model, logs / f"{name}.log", flags))
+        print(f"{name} started in {server.start_seconds:.1f} s", flush=True)
+        yield server
+        server.pause()

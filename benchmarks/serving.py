@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -29,7 +28,7 @@ from tqdm import tqdm
 
 from benchmarks.checkpoint import write_checkpoint
 from benchmarks.report import add_output_arguments, figure, print_table, save, write_json
-from benchmarks.servers import Server
+from benchmarks.servers import Server, start_servers
 from benchmarks.shapes import SHAPES
 from benchmarks.workloads import scaled_trace
 from jaxllm.scheduling.simulator import WORKLOADS, TracedRequest
@@ -311,20 +310,13 @@ def main(arguments: list[str] | None = None) -> None:
             if options.shape:
                 model = str(write_checkpoint(options.shape, scratch / options.shape))
                 vocab_size = SHAPES[options.shape]["vocab_size"]
-            logs = options.logs or scratch
-            logs.mkdir(parents=True, exist_ok=True)
             flags = ["--served-model-name", "served", "--max-model-len", str(options.max_model_len)]
             flags += ["--max-num-seqs", str(options.max_num_seqs), "--dtype", "float32"]
             servers: list[Server] = []
-            for name, python in (("jaxllm", sys.executable), ("vllm", options.peer_python)):
-                if python is None:
-                    continue
-                server = Server(name, python, model, logs / f"{name}.log", flags)
-                servers.append(stack.enter_context(server))
-                print(f"{name} started in {server.start_seconds:.1f} s", flush=True)
-                warm_up = (server.url, name, "served", vocab_size, options)
+            for server in start_servers(stack, model, options.logs or scratch, flags, options.peer_python):
+                servers.append(server)
+                warm_up = (server.url, server.name, "served", vocab_size, options)
                 measure(*warm_up, options.workload[0], options.rate[0])
-                server.pause()
             for workload, rate in points:
                 for server in servers:
                     server.resume()

@@ -8,6 +8,7 @@ from typing import Any
 
 from flax import nnx
 
+from jaxllm.layers.attention import OneOfWindows
 from jaxllm.models.config import ModelConfig
 
 
@@ -17,7 +18,7 @@ class LikeLayers:
 
     first: int
     count: int
-    window: int | None
+    window: int | OneOfWindows | None
     has_experts: bool
 
 

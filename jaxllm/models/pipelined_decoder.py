@@ -11,6 +11,7 @@ pick from lists of arrays would only pay on a CPU, where stages are simulated.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -23,7 +24,7 @@ from jaxllm.errors import UnsupportedError
 from jaxllm.layers.attention import AttentionInputs, OneOfWindows
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.decoder import CACHE_AXES, Decoder, DecoderForm, TokenInputs
-from jaxllm.models.graph import LikeLayers, merge_module
+from jaxllm.models.graph import LikeLayers
 from jaxllm.models.stages import Stages
 from sharding import partition_spec
 
@@ -118,13 +119,11 @@ class PipelinedDecoder(Decoder):
         inputs: AttentionInputs,
         decode_only: bool,
     ) -> tuple[jax.Array, jax.Array]:
-        layer = merge_module(*self._layers[group.has_experts], params)
         stage = lax.axis_index("pipe")
-        window: Any = group.window
         if len(self._windows) > 1:
             choice = jnp.asarray(self._window_of)[stage * self.stages.places + index]
-            window = OneOfWindows(choice, self._windows)
-        y, kv_pages = layer(x, kv_pages, index, inputs, window=window, decode_only=decode_only)
+            group = replace(group, window=OneOfWindows(choice, self._windows))
+        y, kv_pages = super()._run_layer(group, params, x, kv_pages, index, inputs, decode_only)
         if None in self.stages.stack:
             counts = [len(self.stages.layers_of(s)) for s in range(self.stages.count)]
             y = jnp.where(index < jnp.asarray(counts)[stage], y, x)

@@ -243,7 +243,7 @@ class Output:
 
 
 def status(number: int, digest: int = 0, started: int | None = None, ready: tuple[int, ...] = ()) -> bytes:
-    told = {"received": number, "started": number if started is None else started, "done": number}
+    told = {"started": number if started is None else started, "done": number}
     return to_frame({"kind": "alive", **told, "digest": digest, "ready": ready})
 
 

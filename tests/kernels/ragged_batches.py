@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from pallas_kernels.ragged_paged_attention.options import AttentionOptions
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -163,6 +165,18 @@ def random_batch(
         v_scale=v_scale,
         span_ends=_random_spans(seq_lens, query_starts, tokens, rng) if shape.spans else None,
         tree_mask=_random_trees(query_starts, tokens, shape.tree_width, rng) if shape.tree_width else None,
+    )
+
+
+def options_of(batch: Batch, shape: Shape) -> AttentionOptions:
+    """What a backend's `attend` is given of them."""
+    return AttentionOptions(
+        scale=shape.scale,
+        window=shape.window,
+        soft_cap=shape.soft_cap,
+        decode_only=shape.decode_only,
+        return_lse=shape.lse,
+        **{name: jnp.asarray(array) for name, array in batch.array_options.items()},
     )
 
 

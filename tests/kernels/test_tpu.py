@@ -14,10 +14,9 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.ragged_paged_attention import tpu, tpu_flash
-from pallas_kernels.ragged_paged_attention.options import AttentionOptions
 from pallas_kernels.ragged_paged_attention.tpu_work import Tiling
 from tests.kernels.oracle import check
-from tests.kernels.ragged_batches import Batch, Shape, random_batch
+from tests.kernels.ragged_batches import Batch, Shape, options_of, random_batch
 
 # It runs on JAX 0.10, too; one lane of two is enough for what takes minutes.
 pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="interpreted on JAX 0.11 and newer")
@@ -95,15 +94,7 @@ def batch_of(shape: Shape, seed: int = 0, logit_size: float = 1.0) -> Batch:
 
 
 def run(batch: Batch, shape: Shape, tiling: Tiling) -> tuple[np.ndarray, ...]:
-    options = AttentionOptions(
-        scale=shape.scale,
-        window=shape.window,
-        soft_cap=shape.soft_cap,
-        decode_only=shape.decode_only,
-        return_lse=shape.lse,
-        **{name: jnp.asarray(array) for name, array in batch.array_options.items()},
-    )
-    results = jax.jit(functools.partial(tpu.attend, tiling=tiling))(*batch.operands, options)
+    results = jax.jit(functools.partial(tpu.attend, tiling=tiling))(*batch.operands, options_of(batch, shape))
     return tuple(np.asarray(result) for result in results)[: 3 if shape.lse else 2]
 
 

@@ -28,6 +28,11 @@ SILENCE_AT_START = 60.0
 _HELLO_TIMEOUT = 10.0
 
 
+def nothing_done() -> dict[str, Any]:
+    """What a host says of its commands before the first of them, see `HostLink`."""
+    return {"started": -1, "done": -1, "digest": 0, "ready": []}
+
+
 class Peer:
     """Another host, as host 0 sees it.
 
@@ -40,7 +45,7 @@ class Peer:
         self.host = host
         self.connection = connection
         self.last_heard = time.monotonic()
-        self.status: dict[str, Any] = {"received": -1, "started": -1, "done": -1, "digest": 0, "ready": []}
+        self.status = nothing_done()
         self._lock = threading.Lock()
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.settimeout(None)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from jaxllm.errors import HostError
-from jaxllm.execution.hosts.group import HEARTBEAT, SILENCE, SILENCE_AT_START
+from jaxllm.execution.hosts.group import HEARTBEAT, SILENCE, SILENCE_AT_START, nothing_done
 from jaxllm.execution.hosts.wire import Message, receive, to_frame
 
 logger = logging.getLogger(__name__)
@@ -32,14 +32,14 @@ class HostLink:
     Attributes:
         host: which this is.
         welcome: what host 0 said when all were there.
-        status: what it is told once a second: the last command received, started, and done, a digest of
+        status: what it is told once a second: the last command started and done, a digest of
             all results so far, and which steps are compiled.
     """
 
     def __init__(self, host: int, connection: socket.socket, welcome: dict[str, Any]) -> None:
         self.host = host
         self.welcome = welcome
-        self.status: dict[str, Any] = {"received": -1, "started": -1, "done": -1, "digest": 0, "ready": []}
+        self.status = nothing_done()
         self.ready: Callable[[], list[int]] = list
         self._connection = connection
         self._lock = threading.Lock()
@@ -96,7 +96,6 @@ class HostLink:
             self._connection.sendall(to_frame(header))
 
     def _read(self) -> None:
-        number = 0
         try:
             while True:
                 message = receive(self._connection)
@@ -108,11 +107,6 @@ class HostLink:
                         self._leave(f"host 0 ended: {message.header['reason']}")
                     case "stop":
                         self._stopped = True
-                    case "values":
-                        pass
-                    case _:
-                        self.status["received"] = number
-                        number += 1
                 self._inbox.put(message)
         except Exception as error:  # Also of what is said in a way that nobody expects.
             if not self._stopped:
