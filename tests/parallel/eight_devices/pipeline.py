@@ -21,7 +21,7 @@ from jaxllm.execution.buckets import step_shapes
 from jaxllm.execution.layout import lay_out
 from jaxllm.execution.runner import Runner
 from jaxllm.models.families import translate_config
-from tests.parallel.eight_devices.same_tokens import BIAS, LENGTHS, OUTPUT, make_llm, use_one_shape
+from tests.parallel.eight_devices.same_tokens import BIAS, LENGTHS, make_llm, serve, use_one_shape
 from tests.parallel.models import Oracle, hf_config, write_model
 
 # Layers that do not divide, windows that differ between stages, experts, learned positions, post-norms.
@@ -49,37 +49,12 @@ def test_tokens_and_logprobs(
         monkeypatch.setattr(runner, "step_shapes", lambda *sizes: step_shapes(*sizes)[:2])
     directory = write_model(tmp_path, name, **changes)
     oracle = Oracle(directory, translate_config(hf_config(name, **changes)))
-    rng = np.random.default_rng(0)
-    shared = rng.integers(601, size=8).tolist()
-    lengths = (*LENGTHS, 9, 17)
-    prompts = [(shared + rng.integers(601, size=length).tolist())[:length] for length in lengths]
-    common: dict[str, Any] = {"temperature": 0, "max_tokens": OUTPUT, "ignore_eos": True, "detokenize": False}
-    params = [
-        SamplingParams(**{**common, "temperature": 0.7}, top_k=1, seed=4, n=2),
-        SamplingParams(**common, logprobs=3, prompt_logprobs=2),
-        SamplingParams(**common, logit_bias=BIAS),
-        SamplingParams(**common),
-        SamplingParams(**common),
-        SamplingParams(**common),
-    ]
-    biases = (None, None, BIAS, None, None, None)
     llm = make_llm(directory, tensor, pipeline_parallel_size=pipe, max_num_seqs=4, num_gpu_blocks_override=19)
     try:
-        outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
-        for prompt, bias, output in zip(prompts, biases, outputs, strict=True):
-            want = oracle.greedy(prompt, OUTPUT, bias)
-            assert [list(one.token_ids) for one in output.outputs] == [want] * len(output.outputs)
+        serve(llm, oracle, (*LENGTHS, 9, 17))
         stats = llm.llm_engine.stats()
         assert stats.num_preemptions > 0
         assert stats.prefix_cache_hits > 0
-        want = oracle.logprobs(prompts[1] + list(outputs[1].outputs[0].token_ids))
-        reported = [*(outputs[1].prompt_logprobs or [])[1:], *(outputs[1].outputs[0].logprobs or [])]
-        assert len(reported) == LENGTHS[1] - 1 + OUTPUT
-        for position, entry in enumerate(reported):
-            for token, logprob in entry.items():
-                # float32 through a few layers; the engine on one device keeps to the same.
-                assert logprob.logprob == pytest.approx(want[position, token], abs=1e-4)
-                assert logprob.rank == 1 + (want[position] > want[position, token]).sum()
     finally:
         llm.shutdown()
 

@@ -37,7 +37,7 @@ from jaxllm.scheduling import ReplicatedScheduler
 from sharding import make_mesh, on_shards
 from tests.layers.test_moe import HIDDEN, expected, make_layer
 from tests.parallel.eight_devices import collectives
-from tests.parallel.eight_devices.same_tokens import BIAS, OUTPUT, make_llm, use_one_shape
+from tests.parallel.eight_devices.same_tokens import BIAS, OUTPUT, make_llm, serve, use_one_shape
 from tests.parallel.hlo import collectives as count_collectives
 from tests.parallel.hlo import copies_of, parse
 from tests.parallel.models import Oracle, hf_config, write_model
@@ -210,31 +210,6 @@ def one_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     use_one_shape(monkeypatch)
 
 
-def serve(llm: LLM, oracle: Oracle, **fields: Any) -> list[Any]:
-    """Prompts that share a prefix, served by two replicas with too few pages; checks every token."""
-    rng = np.random.default_rng(0)
-    shared = rng.integers(601, size=8).tolist()
-    prompts = [(shared + rng.integers(601, size=length).tolist())[:length] for length in LENGTHS]
-    common: dict[str, Any] = {"temperature": 0, "max_tokens": OUTPUT, "ignore_eos": True, "detokenize": False}
-    params = [SamplingParams(**{**common, **fields}) for _ in prompts]
-    # Random, with one token to choose from.
-    params[0] = SamplingParams(**{**common, "temperature": 0.7}, top_k=1, seed=4, n=2)
-    params[1] = SamplingParams(**common, logprobs=3, prompt_logprobs=2)
-    params[2] = SamplingParams(**common, logit_bias=BIAS)
-    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
-    for index, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
-        want = oracle.greedy(prompt, OUTPUT, BIAS if index == 2 else None)
-        assert [list(one.token_ids) for one in output.outputs] == [want] * len(output.outputs)
-    want = oracle.logprobs(prompts[1] + list(outputs[1].outputs[0].token_ids))
-    reported = [*(outputs[1].prompt_logprobs or [])[1:], *(outputs[1].outputs[0].logprobs or [])]
-    assert len(reported) == LENGTHS[1] - 1 + OUTPUT
-    for position, entry in enumerate(reported):
-        for token, logprob in entry.items():
-            # float32 through a few layers; the engine on one device keeps to the same.
-            assert logprob.logprob == pytest.approx(want[position, token], abs=1e-4)
-    return prompts
-
-
 def load(tmp: Path, name: str, **changes: Any) -> tuple[Path, Oracle]:
     directory = write_model(tmp / name, name, **changes)
     return directory, Oracle(directory, translate_config(hf_config(name, **changes)))
@@ -263,7 +238,7 @@ def test_two_replicas_of_one_device(tmp_path: Path) -> None:
     directory, oracle = load(tmp_path, "llama")
     llm = make_llm(directory, 1, data_parallel_size=2)
     try:
-        serve(llm, oracle)
+        serve(llm, oracle, LENGTHS)
         stats = llm.llm_engine.stats()
         assert stats.num_preemptions > 0 and stats.prefix_cache_hits > 0
         hits = {
@@ -295,7 +270,7 @@ def test_two_replicas_of_two_devices(tmp_path: Path) -> None:
     directory, oracle = load(tmp_path, "llama")
     llm = make_llm(directory, 2, data_parallel_size=2, swap_space=0.01)
     try:
-        serve(llm, oracle)
+        serve(llm, oracle, LENGTHS)
         assert cast(ReplicatedScheduler, llm.llm_engine.scheduler).num_swaps > 0
         runner = llm.llm_engine.runner
         # Every device has pages and slots of its replica, and its part of the weights.
@@ -319,7 +294,7 @@ def test_experts_on_four_devices_of_two_replicas(tmp_path: Path) -> None:
         assert experts.shape[0] == 8
         held = [shard.index[0].indices(8)[:2] for shard in experts.addressable_shards]
         assert held == [(0, 2), (2, 4), (4, 6), (6, 8)]
-        serve(llm, oracle)
+        serve(llm, oracle, LENGTHS)
     finally:
         llm.shutdown()
 

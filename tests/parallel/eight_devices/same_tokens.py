@@ -54,6 +54,34 @@ def use_one_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "step_shapes", lambda *sizes: step_shapes(*sizes)[:1])
 
 
+def serve(llm: LLM, oracle: Oracle, lengths: tuple[int, ...] = LENGTHS) -> None:
+    """Serves prompts that share a prefix, of these lengths, and checks every token and log-probability."""
+    rng = np.random.default_rng(0)
+    shared = rng.integers(601, size=8).tolist()
+    prompts = [(shared + rng.integers(601, size=length).tolist())[:length] for length in lengths]
+    common: dict[str, Any] = {"temperature": 0, "max_tokens": OUTPUT, "ignore_eos": True, "detokenize": False}
+    params = [SamplingParams(**common) for _ in prompts]
+    # Random, with one token to choose from.
+    params[0] = SamplingParams(**{**common, "temperature": 0.7}, top_k=1, seed=4, n=2)
+    params[1] = SamplingParams(**common, logprobs=3, prompt_logprobs=2)
+    params[2] = SamplingParams(**common, logit_bias=BIAS)
+    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+    for index, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
+        want = oracle.greedy(prompt, OUTPUT, BIAS if index == 2 else None)
+        assert [list(one.token_ids) for one in output.outputs] == [want] * len(output.outputs)
+
+    want = oracle.logprobs(prompts[1] + list(outputs[1].outputs[0].token_ids))
+    reported = [*(outputs[1].prompt_logprobs or [])[1:], *(outputs[1].outputs[0].logprobs or [])]
+    assert len(reported) == lengths[1] - 1 + OUTPUT
+    for position, entry in enumerate(reported):
+        assert set(np.argsort(-want[position])[:2]) <= set(entry)
+        for token, logprob in entry.items():
+            assert 0 <= token < 601
+            # float32 through a few layers; the engine on one device keeps to the same.
+            assert logprob.logprob == pytest.approx(want[position, token], abs=1e-4)
+            assert logprob.rank == 1 + (want[position] > want[position, token]).sum()
+
+
 @pytest.mark.parametrize(
     ("model", "devices"),
     [(family, n) for family in FAMILIES for n in (2, 4) if n == 4 or family in ON_TWO_DEVICES],
@@ -65,38 +93,12 @@ def test_tokens_and_logprobs(
     directory, oracle = model
     if oracle.model.architecture != "LlamaForCausalLM":
         use_one_shape(monkeypatch)
-    rng = np.random.default_rng(0)
-    shared = rng.integers(601, size=8).tolist()
-    prompts = [(shared + rng.integers(601, size=length).tolist())[:length] for length in LENGTHS]
-    common: dict[str, Any] = {"temperature": 0, "max_tokens": OUTPUT, "ignore_eos": True, "detokenize": False}
-    params = [
-        # Random, with one token to choose from.
-        SamplingParams(**{**common, "temperature": 0.7}, top_k=1, seed=4, n=2),
-        SamplingParams(**common, logprobs=3, prompt_logprobs=2),
-        SamplingParams(**common, logit_bias=BIAS),
-        SamplingParams(**common),
-    ]
-    biases = (None, None, BIAS, None)
     llm = make_llm(directory, devices)
     try:
-        outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
-        for prompt, bias, output in zip(prompts, biases, outputs, strict=True):
-            want = oracle.greedy(prompt, OUTPUT, bias)
-            assert [list(one.token_ids) for one in output.outputs] == [want] * len(output.outputs)
+        serve(llm, oracle)
         stats = llm.llm_engine.stats()
         assert stats.num_preemptions > 0
         assert stats.prefix_cache_hits > 0
-
-        want = oracle.logprobs(prompts[1] + list(outputs[1].outputs[0].token_ids))
-        reported = [*(outputs[1].prompt_logprobs or [])[1:], *(outputs[1].outputs[0].logprobs or [])]
-        assert len(reported) == LENGTHS[1] - 1 + OUTPUT
-        for position, entry in enumerate(reported):
-            assert set(np.argsort(-want[position])[:2]) <= set(entry)
-            for token, logprob in entry.items():
-                assert 0 <= token < 601
-                # float32 through a few layers; the engine on one device keeps to the same.
-                assert logprob.logprob == pytest.approx(want[position, token], abs=1e-4)
-                assert logprob.rank == 1 + (want[position] > want[position, token]).sum()
     finally:
         llm.shutdown()
 
