@@ -15,7 +15,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,25 +28,10 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels.ragged_paged_attention import gpu
-from pallas_kernels.ragged_paged_attention.options import AttentionOptions
-from pallas_kernels.ragged_paged_attention.shapes import LAYERS, LayerShape
+from pallas_kernels.ragged_paged_attention.shapes import LAYERS
+from tests.kernels.gpu_cases import Case
 
 NUM_LAYERS, NUM_PAGES = 3, 4096
-
-
-@dataclass(frozen=True)
-class Case:
-    layer: LayerShape
-    decode_only: bool
-    page_size: int
-    num_seqs: int = 64
-    dtype: Any = jnp.bfloat16
-    cache_dtype: Any = None
-    tree_width: int | None = None
-
-    @property
-    def num_tokens(self) -> int:
-        return self.num_seqs if self.decode_only else 2048
 
 
 CASES = {
@@ -86,26 +70,10 @@ def compile_case(case: Case, device: Any) -> dict[str, Any]:
     tokens, seqs, kv_heads = case.num_tokens, case.num_seqs, layer.kv_heads
     cache_shape = (NUM_LAYERS, NUM_PAGES, case.page_size, 2 * kv_heads, layer.head_dim)
     cache = array(*cache_shape, dtype=case.cache_dtype or dtype)
-    arrays: dict[str, Any] = {}
-    if layer.sinks:
-        arrays["sinks"] = array(layer.heads, dtype=jnp.float32)
-    if layer.alibi:
-        arrays["alibi_slopes"] = array(layer.heads, dtype=jnp.float32)
-    if layer.spans:
-        arrays["span_ends"] = array(tokens)
-    if case.tree_width is not None:
-        arrays["tree_mask"] = array(tokens, case.tree_width, dtype=jnp.bool)
-    if case.cache_dtype is not None:
-        arrays["k_scale"] = arrays["v_scale"] = array(dtype=jnp.float32)
+    arrays = case.arrays(array)
 
     def layers(x: Any, kv_pages: Any, arrays: dict[str, Any], *batch: Any) -> Any:
-        options = AttentionOptions(
-            scale=layer.head_dim**-0.5,
-            window=layer.window,
-            soft_cap=layer.soft_cap,
-            decode_only=case.decode_only,
-            **arrays,
-        )
+        options = case.options(arrays)
 
         def one(index: Any, carry: Any) -> Any:
             x, kv_pages = carry

@@ -12,7 +12,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +22,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from pallas_kernels.ragged_paged_attention import triton as backend
-from pallas_kernels.ragged_paged_attention.options import AttentionOptions
-from pallas_kernels.ragged_paged_attention.shapes import LAYERS, LayerShape
+from pallas_kernels.ragged_paged_attention.shapes import LAYERS
 from pallas_kernels.ragged_paged_attention.triton_kernel import paged_attention
+from tests.kernels.gpu_cases import Case
 
 _TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int32": "i32", "int8": "i8"}
-
-
-@dataclass(frozen=True)
-class Case:
-    layer: LayerShape
-    decode_only: bool
-    page_size: int = 16
-    num_seqs: int = 64
-    dtype: Any = jnp.bfloat16
-    cache_dtype: Any = None
-    tree_width: int | None = None
 
 
 LLAMA = LAYERS["llama-3.1-8b"]
@@ -59,22 +47,12 @@ CASES = {
 def launches(case: Case) -> list[backend.Launch]:
     """The kernels that a call of the op runs, with operands that have no values."""
     layer, found = case.layer, []
-    tokens = case.num_seqs if case.decode_only else 2048
+    tokens = case.num_tokens
 
     def array(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    arrays: dict[str, Any] = {}
-    if layer.sinks:
-        arrays["sinks"] = array(layer.heads, dtype=jnp.float32)
-    if layer.alibi:
-        arrays["alibi_slopes"] = array(layer.heads, dtype=jnp.float32)
-    if layer.spans:
-        arrays["span_ends"] = array(tokens)
-    if case.tree_width is not None:
-        arrays["tree_mask"] = array(tokens, case.tree_width, dtype=jnp.bool)
-    if case.cache_dtype is not None:
-        arrays["k_scale"] = arrays["v_scale"] = array(dtype=jnp.float32)
+    arrays = case.arrays(array)
 
     def record(launch: backend.Launch) -> tuple[jax.Array, jax.Array]:
         found.append(launch)
@@ -82,14 +60,7 @@ def launches(case: Case) -> list[backend.Launch]:
         return out, lse
 
     def attend(arrays: dict[str, Any], *operands: Any) -> Any:
-        options = AttentionOptions(
-            scale=layer.head_dim**-0.5,
-            window=layer.window,
-            soft_cap=layer.soft_cap,
-            decode_only=case.decode_only,
-            **arrays,
-        )
-        return backend.attend(*operands, options, launch=record)
+        return backend.attend(*operands, case.options(arrays), launch=record)
 
     seqs, dtype = case.num_seqs, case.dtype
     new = array(tokens, layer.kv_heads, layer.head_dim, dtype=dtype)
