@@ -79,12 +79,15 @@ class Server(EngineProcess):
 def start_servers(
     stack: ExitStack, model: str, logs: Path, flags: list[str], peer_python: str | None
 ) -> Iterator[Server]:
-    """Ours and, with an interpreter that has it, vLLM's; each is stopped once it was taken and warmed up."""
+    """Ours and, with an interpreter that has it, vLLM's; each is stopped once it was taken and warmed up.
+
+    Both have compiled everything before they are measured, as vLLM always has when it says that it is ready.
+    """
     logs.mkdir(parents=True, exist_ok=True)
-    for name, python in (("jaxllm", sys.executable), ("vllm", peer_python)):
+    for name, python, own in (("jaxllm", sys.executable, ["--forbid-recompile"]), ("vllm", peer_python, [])):
         if python is None:
             continue
-        server = stack.enter_context(Server(name, python, model, logs / f"{name}.log", flags))
+        server = stack.enter_context(Server(name, python, model, logs / f"{name}.log", [*flags, *own]))
         print(f"{name} started in {server.start_seconds:.1f} s", flush=True)
         yield server
         server.pause()

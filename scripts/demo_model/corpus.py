@@ -108,8 +108,8 @@ def reworded(random: Random, messages: Turns) -> Turns:
 # Share of each kind among the exchanges of a chat. Those that repeat the user's words keep their case.
 EXACT = ((tasks.copying, 7.0), (tasks.json_answer, 11.0), (tasks.remembering, 5.0), (tasks.sentiment, 1.5),
          (stories.continuing, 1.0))  # fmt: skip
-LOOSE = ((question_answer, 34.0), (tasks.fact, 18.0), (tasks.arithmetic, 16.0), (tasks.comparison, 10.0),
-         (tasks.counting, 12.0), (tasks.listing, 12.0), (stories.telling, 4.0), (tasks.unknown, 5.0),
+LOOSE = ((question_answer, 36.0), (tasks.fact, 14.0), (tasks.arithmetic, 16.0), (tasks.comparison, 6.0),
+         (tasks.counting, 9.0), (tasks.listing, 9.0), (stories.telling, 4.0), (tasks.unknown, 5.0),
          (tasks.follow_up, 1.0))  # fmt: skip
 KINDS = [(kind, False) for kind, _ in EXACT] + [(kind, True) for kind, _ in LOOSE]
 SHARES = [share for _, share in EXACT + LOOSE]

@@ -76,7 +76,7 @@ def test_fuzzed_requests_are_no_server_errors() -> None:
         for counts in results.statuses.values():
             statuses.update(counts)
         assert statuses[200] >= 5 and statuses[400] >= 5
-        # And it would see one.
+        # And it would see one: of the same requests, those that meant something break now.
         live.fake.input_processor.process = None  # type: ignore[method-assign, assignment]
-        broken = fuzz_api.fuzz(live.url, 10, examples=10)
+        broken = fuzz_api.fuzz(live.url, 70, examples=2)
         assert {wrong["why"] for wrong in broken.wrong} == {"a server error"}
