@@ -9,14 +9,13 @@ from __future__ import annotations
 import copy
 import enum
 import logging
-import math
-import operator
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, NoReturn
 
 from jaxllm.errors import InvalidRequestError
 from jaxllm.structured_outputs import GuidedDecodingParams, StructuredOutputsParams
+from jaxllm.validation import boolean, integer, number, refuse, strings, token_ids
 
 logger = logging.getLogger(__name__)
 
@@ -68,16 +67,16 @@ class RepetitionDetectionParams:
     def __post_init__(self) -> None:
         for name in ("max_pattern_size", "min_pattern_size", "min_count"):
             label = f"repetition_detection.{name}"
-            value = _integer(label, getattr(self, name), low=0)
+            value = integer(label, getattr(self, name), low=0)
             object.__setattr__(self, name, value)
         if self.min_pattern_size > self.max_pattern_size:
-            _refuse(
+            refuse(
                 "repetition_detection.min_pattern_size",
                 self.min_pattern_size,
                 f"at most max_pattern_size={self.max_pattern_size}",
             )
         if self.max_pattern_size > 0 and self.min_count < 2:
-            _refuse(
+            refuse(
                 "repetition_detection.min_count",
                 self.min_count,
                 "at least 2 where max_pattern_size is above 0 (set max_pattern_size=0 to turn the check off)",
@@ -208,7 +207,7 @@ class SamplingParams:
         self._verify_token_choice()
         self._verify_structured_outputs()
         if self.n > 1 and self.is_greedy:
-            _refuse(
+            refuse(
                 "n",
                 self.n,
                 "1 where temperature is 0: greedy completions are all the same (raise temperature)",
@@ -234,45 +233,45 @@ class SamplingParams:
                 _unsupported(name, "leave it out")
 
     def _verify_sampling(self) -> None:
-        self.n = _integer("n", self.n, low=1, high=MAX_SEQUENCES)
-        self.presence_penalty = _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        self.frequency_penalty = _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        self.repetition_penalty = _number("repetition_penalty", self.repetition_penalty, 0.0, above_low=True)
-        self.temperature = _number("temperature", self.temperature, 0.0, 2.0)
+        self.n = integer("n", self.n, low=1, high=MAX_SEQUENCES)
+        self.presence_penalty = number("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        self.frequency_penalty = number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        self.repetition_penalty = number("repetition_penalty", self.repetition_penalty, 0.0, above_low=True)
+        self.temperature = number("temperature", self.temperature, 0.0, 2.0)
         if GREEDY_TEMPERATURE <= self.temperature < MIN_TEMPERATURE:
             logger.warning("temperature %s is raised to %s.", self.temperature, MIN_TEMPERATURE)
             self.temperature = MIN_TEMPERATURE
-        self.top_p = _number("top_p", self.top_p, 0.0, 1.0, above_low=True)
-        self.top_k = max(0, _integer("top_k", self.top_k, low=-1, off="0 or -1 for all tokens"))
-        self.min_p = _number("min_p", self.min_p, 0.0, 1.0)
+        self.top_p = number("top_p", self.top_p, 0.0, 1.0, above_low=True)
+        self.top_k = max(0, integer("top_k", self.top_k, low=-1, off="0 or -1 for all tokens"))
+        self.min_p = number("min_p", self.min_p, 0.0, 1.0)
         if self.is_greedy:
             self.top_p, self.top_k, self.min_p = 1.0, 0, 0.0
         if self.seed is not None:
-            self.seed = _integer("seed", self.seed, low=-(2**63), high=2**64 - 1)
+            self.seed = integer("seed", self.seed, low=-(2**63), high=2**64 - 1)
             if self.seed == -1:
                 self.seed = None
 
     def _verify_length_and_stops(self) -> None:
         if self.max_tokens is not None:
-            self.max_tokens = _integer("max_tokens", self.max_tokens, low=1)
-        self.min_tokens = _integer("min_tokens", self.min_tokens, low=0)
+            self.max_tokens = integer("max_tokens", self.max_tokens, low=1)
+        self.min_tokens = integer("min_tokens", self.min_tokens, low=0)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            _refuse("min_tokens", self.min_tokens, f"at most max_tokens={self.max_tokens}")
-        _boolean("ignore_eos", self.ignore_eos)
-        self.stop = _strings("stop", [self.stop] if isinstance(self.stop, str) else self.stop)
-        self.stop_token_ids = _token_ids("stop_token_ids", self.stop_token_ids)
+            refuse("min_tokens", self.min_tokens, f"at most max_tokens={self.max_tokens}")
+        boolean("ignore_eos", self.ignore_eos)
+        self.stop = strings("stop", [self.stop] if isinstance(self.stop, str) else self.stop)
+        self.stop_token_ids = token_ids("stop_token_ids", self.stop_token_ids)
         if self.stop and self.detokenize is False:
-            _refuse("stop", self.stop, "empty where detokenize is False (set detokenize=True)")
+            refuse("stop", self.stop, "empty where detokenize is False (set detokenize=True)")
         detection = self.repetition_detection
         if detection is not None and not isinstance(detection, RepetitionDetectionParams):
-            _refuse("repetition_detection", detection, "a RepetitionDetectionParams or None")
+            refuse("repetition_detection", detection, "a RepetitionDetectionParams or None")
 
     def _verify_returned(self) -> None:
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             if value is not None:
                 value = (
-                    1 if value is True else _integer(name, value, low=-1, off="-1 for the whole vocabulary")
+                    1 if value is True else integer(name, value, low=-1, off="-1 for the whole vocabulary")
                 )
                 setattr(self, name, value)
         for name in (
@@ -282,38 +281,38 @@ class SamplingParams:
             "include_stop_str_in_output",
             "skip_clone",
         ):
-            _boolean(name, getattr(self, name))
+            boolean(name, getattr(self, name))
         if self.skip_reading_prefix_cache is not None:
-            _boolean("skip_reading_prefix_cache", self.skip_reading_prefix_cache)
+            boolean("skip_reading_prefix_cache", self.skip_reading_prefix_cache)
         if not isinstance(self.output_kind, RequestOutputKind):
-            _refuse("output_kind", self.output_kind, "one of " + ", ".join(map(str, RequestOutputKind)))
+            refuse("output_kind", self.output_kind, "one of " + ", ".join(map(str, RequestOutputKind)))
 
     def _verify_token_choice(self) -> None:
         if self.logit_bias is not None:
             if not isinstance(self.logit_bias, Mapping):
-                _refuse("logit_bias", self.logit_bias, "a dict from token id to bias")
+                refuse("logit_bias", self.logit_bias, "a dict from token id to bias")
             self.logit_bias = {
-                _integer("logit_bias token id", token_id, low=0, param="logit_bias"): _number(
+                integer("logit_bias token id", token_id, low=0, param="logit_bias"): number(
                     f"logit_bias[{token_id}]", bias, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS, param="logit_bias"
                 )
                 for token_id, bias in self.logit_bias.items()
             }
         if self.allowed_token_ids is not None:
-            self.allowed_token_ids = _token_ids("allowed_token_ids", self.allowed_token_ids)
+            self.allowed_token_ids = token_ids("allowed_token_ids", self.allowed_token_ids)
             if not self.allowed_token_ids:
-                _refuse("allowed_token_ids", [], "at least one token id, or None for all of them")
-        self.bad_words = _strings("bad_words", self.bad_words)
+                refuse("allowed_token_ids", [], "at least one token id, or None for all of them")
+        self.bad_words = strings("bad_words", self.bad_words)
 
     def _verify_structured_outputs(self) -> None:
         for name in ("structured_outputs", "guided_decoding"):
             constraint = getattr(self, name)
             if constraint is not None:
                 if not isinstance(constraint, StructuredOutputsParams):
-                    _refuse(name, constraint, "a StructuredOutputsParams or None")
+                    refuse(name, constraint, "a StructuredOutputsParams or None")
                 constraint.verify()
         if self.guided_decoding is not None:
             if self.structured_outputs is not None:
-                _refuse("guided_decoding", self.guided_decoding, "left out beside structured_outputs")
+                refuse("guided_decoding", self.guided_decoding, "left out beside structured_outputs")
             self.structured_outputs, self.guided_decoding = self.guided_decoding, None
 
     def clone(self) -> SamplingParams:
@@ -391,12 +390,12 @@ class BeamSearchParams:
         Raises:
             InvalidRequestError: naming the field, its value, and what is allowed.
         """
-        self.beam_width = _integer("beam_width", self.beam_width, low=1, high=MAX_SEQUENCES)
-        self.max_tokens = _integer("max_tokens", self.max_tokens, low=1)
-        self.temperature = _number("temperature", self.temperature, 0.0, 2.0)
-        self.length_penalty = _number("length_penalty", self.length_penalty, -16.0, 16.0)
+        self.beam_width = integer("beam_width", self.beam_width, low=1, high=MAX_SEQUENCES)
+        self.max_tokens = integer("max_tokens", self.max_tokens, low=1)
+        self.temperature = number("temperature", self.temperature, 0.0, 2.0)
+        self.length_penalty = number("length_penalty", self.length_penalty, -16.0, 16.0)
         for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
-            _boolean(name, getattr(self, name))
+            boolean(name, getattr(self, name))
         if self.structured_outputs is not None:
             _unsupported("structured_outputs", "beam search knows no constraints; use generate")
 
@@ -409,96 +408,8 @@ def eos_token_ids_of(config: Mapping[str, Any]) -> list[int]:
     return [int(i) for i in ids] if isinstance(ids, Iterable) else [int(ids)]
 
 
-def _refuse(name: str, value: object, allowed: str, *, param: str | None = None) -> NoReturn:
-    shown = repr(value)
-    if len(shown) > 200:
-        shown = f"{shown[:200]}..."
-    raise InvalidRequestError(
-        f"{name} must be {allowed}; got {shown}.", param=param or name.partition(".")[0]
-    )
-
-
 def _unsupported(name: str, advice: str) -> NoReturn:
     raise InvalidRequestError(f"{name} is not supported yet: {advice}.", param=name)
-
-
-def _integer(
-    name: str,
-    value: Any,
-    *,
-    low: int,
-    high: int | None = None,
-    off: str | None = None,
-    param: str | None = None,
-) -> int:
-    """`value` as an int within [low, high]; numpy integers are welcome, bools and floats are not."""
-    allowed = f"an integer in [{low}, {high}]" if high is not None else f"an integer of at least {low}"
-    if off is not None:
-        allowed += f" ({off})"
-    if type(value) is not int:
-        try:
-            if isinstance(value, bool):
-                raise TypeError
-            value = operator.index(value)
-        except TypeError:
-            _refuse(name, value, allowed, param=param)
-    if value < low or (high is not None and value > high):
-        _refuse(name, value, allowed, param=param)
-    return int(value)
-
-
-def _number(
-    name: str,
-    value: Any,
-    low: float = -math.inf,
-    high: float = math.inf,
-    *,
-    above_low: bool = False,
-    param: str | None = None,
-) -> float:
-    """`value` as a finite float within [low, high], or (low, high] where `above_low`."""
-    if isinstance(value, float | int) and not isinstance(value, bool):
-        number = value
-    elif hasattr(value, "dtype") and getattr(value, "ndim", 1) == 0 and value.dtype.kind in "iuf":
-        number = value.item()
-    else:
-        number = math.nan
-    try:
-        number = float(number)
-    except OverflowError:
-        number = math.nan
-    if not math.isfinite(number) or not low <= number <= high or (above_low and number == low):
-        if math.isinf(high):
-            bound = "a finite number" if math.isinf(low) else f"a finite number above {low:g}"
-        else:
-            bound = f"a number in {'(' if above_low else '['}{low:g}, {high:g}]"
-        _refuse(name, value, bound, param=param)
-    return number
-
-
-def _boolean(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        _refuse(name, value, "True or False")
-
-
-def _strings(name: str, value: Any) -> list[str]:
-    if value is None:
-        return []
-    allowed = "a list of non-empty strings" if name != "stop" else "a non-empty string or a list of them"
-    if isinstance(value, str) or not isinstance(value, Collection) or isinstance(value, Mapping):
-        _refuse(name, value, allowed)
-    if not all(isinstance(s, str) and s for s in value):
-        _refuse(name, list(value), allowed)
-    return list(dict.fromkeys(value))
-
-
-def _token_ids(name: str, value: Any) -> list[int]:
-    if value is None:
-        return []
-    is_list = isinstance(value, Sequence | set | frozenset) and not isinstance(value, str | bytes)
-    if not is_list and getattr(value, "ndim", None) != 1:
-        _refuse(name, value, "a list of token ids")
-    return list(dict.fromkeys(_integer(f"{name}[{i}]", v, low=0, param=name) for i, v in enumerate(value)))
 
 
 def _token_id_key(key: Any) -> Any:
@@ -506,5 +417,5 @@ def _token_id_key(key: Any) -> Any:
         try:
             return int(key)
         except ValueError:
-            _refuse("logit_bias", key, "a dict whose keys are token ids", param="logit_bias")
+            refuse("logit_bias", key, "a dict whose keys are token ids", param="logit_bias")
     return key

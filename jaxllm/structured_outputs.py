@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, NoReturn
 
 from jaxllm.errors import ConfigError, InvalidRequestError
+from jaxllm.validation import refuse
 
 CONSTRAINTS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 """The fields of which exactly one is set."""
@@ -204,9 +205,4 @@ def _nesting(value: Any) -> int:
 
 
 def _refuse(name: str, value: object, allowed: str) -> NoReturn:
-    shown = repr(value)
-    if len(shown) > 200:
-        shown = f"{shown[:200]}..."
-    raise InvalidRequestError(
-        f"structured_outputs.{name} must be {allowed}; got {shown}.", param="structured_outputs"
-    )
+    refuse(f"structured_outputs.{name}", value, allowed)

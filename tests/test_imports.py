@@ -48,6 +48,7 @@ LEVELS: list[set[str]] = [
         "jaxllm.pooling_outputs",
     },
     {"jaxllm.structured_outputs"},
+    {"jaxllm.validation"},
     {"jaxllm.models.config", "jaxllm.demo", "jaxllm.errors"},
 ]
 
