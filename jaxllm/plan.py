@@ -87,6 +87,7 @@ def as_dict(layout: Layout) -> dict[str, Any]:
         "vocabulary_filled_up": layout.fitted.vocab_size,
         "arrays": arrays,
         "weight_bytes": layout.num_bytes,
+        "empty_bytes": layout.empty_bytes,
         "per_device": {
             "usable_bytes": layout.memory,
             "weight_bytes": layout.device_bytes,
@@ -144,6 +145,11 @@ def print_layout(layout: Layout, title: str) -> None:
     if layout.fitted.num_kv_heads > layout.model.num_kv_heads:
         copies = layout.fitted.num_kv_heads // layout.model.num_kv_heads
         print(f"note         each of {layout.model.num_kv_heads} KV heads is kept {copies} times")
+    if layout.empty_bytes:
+        print(
+            f"note         stages have room for as many layers of a kind as one of them has at most; "
+            f"{_size(layout.empty_bytes)} of the {layout.pipe} x {_size(layout.device_bytes)} of weights are empty"
+        )
 
 
 def check_memory(layout: Layout, device: str) -> None:
@@ -198,16 +204,19 @@ def _held(layout: Layout, stage: int, shard: int) -> Iterator[str]:
     copies = model.num_kv_heads // layout.model.num_kv_heads
     first, last = (index // copies for index in _ends(shard, model.num_kv_heads // tensor))
     yield f"KV heads {_span(first, last - first + 1)}"
-    has_mlp = model.moe is None or len(model.moe.layers) < model.num_layers
-    if has_mlp:
-        yield f"MLP {_span(shard * (model.intermediate_size // tensor), model.intermediate_size // tensor)}"
-    if model.moe is not None:
+    dense = [layer for layer in layers if layer in layout.model.mlp_layers]
+    is_mixed = 0 < len(dense) < len(layers)
+    if dense:
+        inner = _span(shard * (model.intermediate_size // tensor), model.intermediate_size // tensor)
+        yield f"MLP {inner}" + (f" of {len(dense)} layers" if is_mixed else "")
+    if model.moe is not None and len(dense) < len(layers):
         number, width = model.moe.num_experts, model.moe.intermediate_size
         [down] = [array for array in layout.arrays if array.name == "layers.mlp.experts.down.weight"]
         _, own, own_width, _ = down.device_shape
         # Of replicas that share the experts each device has others, in the order of the mesh.
         firsts = [0] if own == number else [(r * tensor + shard) * own for r in range(layout.data)]
-        yield f"experts {', '.join(_span(first, own) for first in firsts)}"
+        which = ", ".join(_span(first, own) for first in firsts)
+        yield f"experts {which}" + (f" of {len(layers) - len(dense)} layers" if is_mixed else "")
         if own_width < width:
             yield f"of each {_span(shard * own_width, own_width)}"
     rows = model.vocab_size // (tensor * layout.pipe)

@@ -16,7 +16,7 @@ Rules = Mapping[str, MeshAxes]
 # width, the vocabulary by rows; the residual stream ("embed") is whole everywhere. Experts are split by
 # their inner width, too, or with expert parallelism by their number, which replicas share as well.
 # Pipeline stages share the vocabulary, so that none holds more than the others. Replicas have the rest of
-# the weights each, and pages, slots and a part of every batch ("batch") of their own.
+# the weights each, and pages, slots, stages and a part of every batch ("batch") of their own.
 DEFAULT_RULES: Rules = {
     "batch": "data",
     "embed": None,
@@ -27,7 +27,7 @@ DEFAULT_RULES: Rules = {
     "mlp": "tensor",
     "pages": "data",
     "slots": "data",
-    "stages": "pipe",
+    "stages": ("data", "pipe"),
     "vocab": ("pipe", "tensor"),
 }
 

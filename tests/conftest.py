@@ -36,6 +36,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Files that take long. They begin first, so that no core idles at the end while another is at one of them.
 LONGEST = (
     "tests/parallel/test_eight_devices.py",
+    "tests/parallel/test_families_on_eight_devices.py",
     "tests/hosts/test_processes.py",
     "tests/hosts/test_ray_hosts.py",
     "tests/test_readme.py",

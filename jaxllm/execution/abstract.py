@@ -16,7 +16,6 @@ from jaxllm.models.decoder import Decoder
 from jaxllm.models.fitting import parameter_shardings
 from jaxllm.models.parameters import Parameters
 from jaxllm.models.pipelined_decoder import HIDDEN_AXES
-from jaxllm.models.stages import Stages
 from sharding import named_sharding, on_shards, partition_spec
 
 
@@ -32,8 +31,7 @@ def abstract_parameters(decoder: Decoder) -> dict[str, Any]:
     arrays: dict[str, Any] = {}
     for name, spec in specs.items():
         stacked = form.stack_layers and spec.num_layers is not None
-        layers = Stages(spec.num_layers or 0, form.num_stages).stack
-        shape = (len(layers), *spec.shape) if stacked else spec.shape
+        shape = (len(spec.places), *spec.shape) if stacked else spec.shape
         sharding: Any = shardings.get(name)
         if form.attention_backend == "tpu" and is_read_in_rows(name):
             sharding = _row_major(len(shape), sharding)
@@ -83,9 +81,10 @@ def abstract_hidden(decoder: Decoder, max_num_tokens: int) -> jax.ShapeDtypeStru
     if mesh is None or form.num_stages == 1:
         return None
     width = decoder.config.hidden_size
-    shape = (width, max_num_tokens) if form.feature_major else (max_num_tokens, width)
-    sharding = named_sharding(mesh, HIDDEN_AXES, (form.num_stages, *shape), "the hidden states")
-    return jax.ShapeDtypeStruct((form.num_stages, *shape), form.dtype, sharding=sharding)
+    of_stage = (width, max_num_tokens) if form.feature_major else (max_num_tokens, width)
+    shape = (form.axis_size("data") * form.num_stages, *of_stage)
+    sharding = named_sharding(mesh, HIDDEN_AXES, shape, "the hidden states")
+    return jax.ShapeDtypeStruct(shape, form.dtype, sharding=sharding)
 
 
 def empty_cache(abstract: jax.ShapeDtypeStruct) -> jax.Array:
@@ -113,15 +112,18 @@ def everywhere(decoder: Decoder) -> NamedSharding | None:
     return None if mesh is None else NamedSharding(mesh, PartitionSpec())
 
 
-def by_replica(decoder: Decoder) -> NamedSharding | None:
+def by_replica(decoder: Decoder, dimension: int = 0) -> NamedSharding | None:
     """Where what replicas have one after the other, and the host gives or takes, lies; None on one device.
 
     On every device what is of its replica. A host of several has to know all of it, and so has each device.
+
+    Args:
+        dimension: that replicas share.
     """
     mesh = decoder.form.mesh
     if mesh is None or mesh.shape["data"] == 1 or (isinstance(mesh, Mesh) and mesh.is_multi_process):
         return everywhere(decoder)
-    return NamedSharding(mesh, partition_spec(("batch",)))
+    return NamedSharding(mesh, partition_spec(((None,) * dimension + ("batch",))))
 
 
 def shardings_of(arrays: Any) -> Any:
@@ -142,18 +144,21 @@ def lower_step(
 
     Cache and state are donated and stay as they lie; what goes to the host is whole on every device of a
     replica. Each replica runs `run` on its own part of everything, one after the other in the arrays' first
-    dimension (the cache's second), and hears of the others only where they share experts.
+    dimension (the second of the cache, and of batches that stages have), and hears of the others only where
+    they share experts.
 
     Args:
         kv_pages: the cache as the decoder takes it.
     """
     stages = () if decoder.form.num_stages == 1 else (decoder.form.num_stages,)
-    batch, replicas = by_replica(decoder), decoder.form.axis_size("data")
+    batch, packed = by_replica(decoder), by_replica(decoder, len(stages))
+    replicas = decoder.form.axis_size("data")
     if batch is not None and replicas > 1:
         arrays = jax.tree.map(lambda array: array.sharding.spec, (params, kv_pages, state))
         _, cache, of_state = arrays
         part = partition_spec(("batch",))
-        inputs = (*arrays, part, part, part)
+        of_stages = partition_spec((None,) * len(stages) + ("batch",))
+        inputs = (*arrays, of_stages, of_stages, part)
         run = on_shards(run, batch.mesh, inputs, (cache, of_state, part), axes=("data",))
     # A float32 model is computed in float32: by default a GPU would take TF32, and a TPU bfloat16.
     precision = "highest" if decoder.form.dtype == jnp.float32 else "default"
@@ -163,7 +168,7 @@ def lower_step(
             params,
             kv_pages,
             state,
-            jax.ShapeDtypeStruct((*stages, replicas * shape.num_integers), jnp.int32, sharding=batch),
-            jax.ShapeDtypeStruct((*stages, replicas * shape.num_floats), jnp.float32, sharding=batch),
+            jax.ShapeDtypeStruct((*stages, replicas * shape.num_integers), jnp.int32, sharding=packed),
+            jax.ShapeDtypeStruct((*stages, replicas * shape.num_floats), jnp.float32, sharding=packed),
             token_masks,
         )

@@ -28,7 +28,8 @@ class ArrayLayout:
     Attributes:
         axes: logical axis of each dimension.
         split: the mesh axes that share each dimension, () where every device has it whole.
-        device_shape: on a device of the stage with most layers.
+        device_shape: of a pipeline's stages all have as many places for layers of a kind as the one that has
+            most of them.
     """
 
     name: str
@@ -88,6 +89,16 @@ class Layout:
         return sum(array.device_bytes for array in self.arrays)
 
     @property
+    def empty_bytes(self) -> int:
+        """Of weights on one device of each stage, together: places of layers that other stages have more of."""
+        stacked = [array for array in self.arrays if array.axes[:1] == ("layers",)]
+        empty = 0
+        for array in stacked:
+            places = array.device_shape[0]
+            empty += array.device_bytes // places * (places * self.pipe - array.shape[0])
+        return empty
+
+    @property
     def cache_bytes(self) -> int:
         """Left for the KV cache on a device; negative where weights and step do not fit."""
         return self.memory - self.device_bytes - self.step_bytes
@@ -119,7 +130,6 @@ def lay_out(
 
     Raises:
         ConfigError: a size does not divide by the shards it is split into; with both and the array's name.
-        UnsupportedError: the model cannot be split into stages.
     """
     dtype = jnp.dtype(config.dtype)
     data, expert_parallel = config.data_parallel_size, config.enable_expert_parallel

@@ -40,6 +40,20 @@ class Packed:
             num_tokens=shape.num_tokens * self.replicas, num_seqs=shape.num_seqs * self.replicas
         )
 
+    def move(self, old: StepShape, new: StepShape) -> None:
+        """To where everything stands once the batches are resized from a shape to another one."""
+        if self.replicas > 1:
+            self.rows = [_moved(row, old.num_seqs, new.num_seqs) for row in self.rows]
+            self.token_rows = [_moved(row, old.num_tokens, new.num_tokens) for row in self.token_rows]
+            tokens = self.prompt_rows.items()
+            self.prompt_rows = {i: _moved(row, old.num_tokens, new.num_tokens) for i, row in tokens}
+
+
+def _moved(row: int, old: int, new: int) -> int:
+    """A row of a replica, where each has `new` rows rather than `old`."""
+    replica, at = divmod(row, old)
+    return replica * new + at
+
 
 class Pending(ABC):
     """A plan that was launched; `result` waits for the device.
@@ -132,5 +146,6 @@ class Launched:
     num_seqs: int
     decode_only: bool
     masks: np.ndarray | None
+    packed: Packed
     pending: Pending
     slots: list[int] = field(default_factory=list)

@@ -228,7 +228,7 @@ class Runner:
                 all(launched.decode_only for launched in under_way),
             )
         batches = [
-            [HostBatch(shape, self._slots.padding_slot)]
+            [HostBatch(shape, self._slots.padding_slot)] * self._replicas
             if launched is None
             else [batch.resized(shape) for batch in launched.batches]
             for launched in stages
@@ -237,8 +237,9 @@ class Runner:
         floats = [_one_after_the_other([batch.floats for batch in of_stage]) for of_stage in batches]
         leaving = stages[-1]
         masks = None if leaving is None else leaving.masks
-        if masks is not None and leaving is not None and leaving.shape != shape:
-            masks = self._masks.resized(masks, shape.num_seqs)
+        if leaving is not None and leaving.shape != shape:
+            leaving.packed.move(leaving.shape, shape)
+            masks = None if masks is None else self._masks.resized(masks, shape.num_seqs)
         output = self.executor.launch(RunStep(shape, _stacked(integers), _stacked(floats), masks))
         if leaving is not None:
             leaving.pending.output = output
@@ -265,9 +266,10 @@ class Runner:
                 if entry.samples and not request.status.is_finished:
                     freed_by = launched.slots
                 else:
-                    [batch] = launched.batches  # Stages have no replicas.
-                    batch.column["samples"][row] = False
-                    batch.column["slots"][row] = self._slots.padding_slot
+                    replica, at = divmod(launched.packed.rows[row], launched.shape.num_seqs)
+                    column = launched.batches[replica].column
+                    column["samples"][at] = False
+                    column["slots"][at] = self._slots.padding_slot
         if freed_by is None:
             self._slots.free([slot])
         else:
@@ -285,7 +287,7 @@ class Runner:
         for batch in batches:
             batch.flags[:] = packed.wants_logprobs, packed.reports_prompts, masks is not None
         pending = self._pending(plan, shape, packed)
-        return Launched(plan, shape, batches, num_tokens, num_seqs, decode_only, masks, pending)
+        return Launched(plan, shape, batches, num_tokens, num_seqs, decode_only, masks, packed, pending)
 
     def run(self, command: Command) -> Any:
         """Does a command on the devices of this process, without waiting for them.

@@ -92,15 +92,13 @@ class TokenMasks:
             )
         return self._unused[num_seqs]
 
-    @staticmethod
-    def resized(masks: np.ndarray, num_seqs: int) -> np.ndarray:
-        """Masks of `of` for as many rows as a step has; what was not there before is padding."""
-        if len(masks) == num_seqs:
-            return masks
-        count = min(len(masks), num_seqs)
-        resized = np.full((num_seqs, masks.shape[1]), -1, np.int32)
-        resized[:count] = masks[:count]
-        return resized
+    def resized(self, masks: np.ndarray, num_seqs: int) -> np.ndarray:
+        """Masks of `of` for as many rows as a step has for each replica; new rows are padding."""
+        old = masks.reshape(self._replicas, -1, self._num_words)
+        count = min(old.shape[1], num_seqs)
+        resized = np.full((self._replicas, num_seqs, self._num_words), -1, np.int32)
+        resized[:, :count] = old[:, :count]
+        return resized.reshape(-1, self._num_words)
 
     def _fill(self, requests: Sequence[Request]) -> dict[Request, np.ndarray]:
         masks = np.full((len(requests), self._num_known_words), -1, np.int32)

@@ -27,6 +27,7 @@ from jaxllm.models.config import ModelConfig
 from jaxllm.models.fitting import fit_to_shards
 from jaxllm.models.graph import LikeLayers, groups_of_like_layers, merge_module, split_module
 from jaxllm.models.parameters import ParameterSpec
+from jaxllm.models.stages import Stages
 from pallas_kernels.ragged_paged_attention import Backend
 from sharding import DEFAULT_RULES, MeshAxes, names_of, on_shards, partition_spec, sharded_top_k
 
@@ -125,17 +126,33 @@ class DecoderLayer(nnx.Module):
         window: int | OneOfWindows | None,
         decode_only: bool,
     ) -> tuple[jax.Array, jax.Array]:
+        x, kv_pages = self.attend(x, kv_pages, layer, inputs, window=window, decode_only=decode_only)
+        return self.feed_forward(x, inputs), kv_pages
+
+    def attend(
+        self,
+        x: jax.Array,
+        kv_pages: jax.Array,
+        layer: jax.Array | int,
+        inputs: AttentionInputs,
+        *,
+        window: int | OneOfWindows | None,
+        decode_only: bool,
+    ) -> tuple[jax.Array, jax.Array]:
+        """The first half of the layer, which is alike in layers with experts and without."""
         attend = functools.partial(self.attention, window=window, decode_only=decode_only)
+        if self.pre_norm:
+            mixed, kv_pages = attend(self.attention_norm(x), kv_pages, layer, inputs)
+            return x + mixed, kv_pages
+        mixed, kv_pages = attend(x, kv_pages, layer, inputs)
+        return self.attention_norm(x + mixed), kv_pages
+
+    def feed_forward(self, x: jax.Array, inputs: AttentionInputs) -> jax.Array:
+        """The second half."""
         mlp: Callable[[jax.Array], jax.Array] = self.mlp  # type: ignore[assignment]
         if isinstance(self.mlp, MoE):
             mlp = functools.partial(self.mlp, num_tokens=inputs.query_starts[-1])
-        if self.pre_norm:
-            mixed, kv_pages = attend(self.attention_norm(x), kv_pages, layer, inputs)
-            x = x + mixed
-            return x + mlp(self.mlp_norm(x)), kv_pages
-        mixed, kv_pages = attend(x, kv_pages, layer, inputs)
-        x = self.attention_norm(x + mixed)
-        return self.mlp_norm(x + mlp(x)), kv_pages
+        return x + mlp(self.mlp_norm(x)) if self.pre_norm else self.mlp_norm(x + mlp(x))
 
 
 class Trunk(nnx.Module):
@@ -228,10 +245,12 @@ class Decoder:
     def parameter_specs(self) -> dict[str, ParameterSpec]:
         """Every parameter: name to shape and logical axes."""
         specs = {name: ParameterSpec(p.get_value().shape, p.logical_axes) for name, p in self._trunk_params}
+        stages = Stages(self.config.num_layers, self.form.num_stages)
         for _, declared in self._layers.values():
             for name, p in declared:
-                shape, axes = p.get_value().shape, p.logical_axes
-                specs[f"layers.{name}"] = ParameterSpec(shape, axes, len(self._layers_with[name]), p.exact)
+                shape, axes, layers = p.get_value().shape, p.logical_axes, self._layers_with[name]
+                stack = stages.stack_of(layers) if stages.count > 1 else ()
+                specs[f"layers.{name}"] = ParameterSpec(shape, axes, len(layers), p.exact, stack)
         return specs
 
     def cache_spec(self, num_pages: int, page_size: int) -> ParameterSpec:

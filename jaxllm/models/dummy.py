@@ -18,7 +18,6 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from jaxllm.models.parameters import Parameters, ParameterSpec, Region
-from jaxllm.models.stages import Stages
 
 _STANDARD_DEVIATION = 0.02
 _BOUND = _STANDARD_DEVIATION * math.sqrt(3)
@@ -77,8 +76,7 @@ def dummy_parameters_on_device(
         if spec.num_layers is None:
             parameters[name] = make(key, shape=spec.shape)
         elif stack_layers:
-            stack = Stages(spec.num_layers, shardings[name].mesh.shape["pipe"]).stack
-            parameters[name] = make(key, shape=(len(stack), *spec.shape))
+            parameters[name] = make(key, shape=(len(spec.places), *spec.shape))
         else:
             keys = jax.random.split(key, spec.num_layers)
             parameters[name] = [make(one, shape=spec.shape) for one in keys]

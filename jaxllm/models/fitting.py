@@ -83,7 +83,7 @@ def shard_specs(specs: Mapping[str, ParameterSpec], mesh: Mesh | AbstractMesh) -
     for name, sharding in parameter_shardings(specs, mesh, stack_layers=False).items():
         spec = specs[name]
         shape = sharding.shard_shape(spec.shape)
-        layers = None if spec.num_layers is None else Stages(spec.num_layers, mesh.shape["pipe"]).places
+        layers = None if spec.num_layers is None else len(spec.places) // mesh.shape["pipe"]
         shards[name] = ParameterSpec(shape, spec.axes, layers)
     return shards
 
@@ -101,8 +101,7 @@ def parameter_shardings(
     for name, spec in sorted(specs.items(), key=lambda item: _shortest_axis(item[1])):
         axes, shape = spec.axes, spec.shape
         if stack_layers and spec.num_layers is not None:
-            stack = Stages(spec.num_layers, mesh.shape["pipe"]).stack
-            axes, shape = ("layers", *axes), (len(stack), *shape)
+            axes, shape = ("layers", *axes), (len(spec.places), *shape)
         try:
             shardings[name] = named_sharding(mesh, axes, shape, name)
         except ShardingError as error:

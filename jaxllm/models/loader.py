@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,8 @@ def load_parameters(
     mesh = make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
     shardings = parameter_shardings(specs, mesh, stack_layers)
     declared = parameter_specs(config)
-    stored = {name: declared[name] for name in specs}
+    # As a checkpoint has them, in the places that the stages of a pipeline have for them.
+    stored = {name: replace(declared[name], stack=spec.stack) for name, spec in specs.items()}
     queries = config.queries_per_kv_head
 
     def fitted(name: str, array: jax.Array) -> jax.Array:

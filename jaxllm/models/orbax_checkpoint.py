@@ -22,7 +22,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxllm.errors import CheckpointError
 from jaxllm.models.parameters import Parameters, ParameterSpec
 from jaxllm.models.placement import set_layer
-from jaxllm.models.stages import Stages
 
 DIRECTORY = "orbax"
 
@@ -214,9 +213,8 @@ def _keep(
         assert isinstance(layers, list)
         layers.append(array)
     else:
-        places = Stages(spec.num_layers or 0, sharding.mesh.shape["pipe"]).stack
         stack = parameters.get(name)
         if stack is None:
-            stack = jnp.zeros((len(places), *array.shape), array.dtype, device=sharding)
+            stack = jnp.zeros((len(spec.places), *array.shape), array.dtype, device=sharding)
         assert isinstance(stack, jax.Array)
-        parameters[name] = set_layer(stack, array, np.int32(places.index(layer)))
+        parameters[name] = set_layer(stack, array, np.int32(spec.places.index(layer)))

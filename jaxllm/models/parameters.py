@@ -25,12 +25,20 @@ class ParameterSpec:
         axes: logical axis of each dimension, as `sharding.rules` names them; None is never split.
         num_layers: how many layers have one of these; None where it is not per layer.
         exact: held in float32, whatever the dtype of the model.
+        stack: where stages share the layers, which of these is in each place of the stacked array; None is
+            an empty place. () where they stand one after the other.
     """
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
     num_layers: int | None = None
     exact: bool = False
+    stack: tuple[int | None, ...] = ()
+
+    @property
+    def places(self) -> tuple[int | None, ...]:
+        """Which of the layers that have one is in each place of an array [places, ...] of all of them."""
+        return self.stack or tuple(range(self.num_layers or 0))
 
     def dtype(self, of_model: Any) -> np.dtype[Any]:
         """What it is held in, in a model of this dtype."""

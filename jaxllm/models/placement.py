@@ -14,7 +14,6 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from jaxllm.models.parameters import ParameterSpec, Region, WeightSource
-from jaxllm.models.stages import Stages
 
 # Transfers under way at once: enough to overlap reading with copying, few enough to bound memory.
 _TRANSFERS = 2
@@ -47,11 +46,10 @@ class Placer:
 
     def place_stacked(self, name: str, spec: ParameterSpec, sharding: NamedSharding) -> jax.Array:
         """All layers of a parameter as one array [layers, ...], filled a layer at a time in place."""
-        layers = Stages(spec.num_layers or 0, sharding.mesh.shape["pipe"]).stack
-        shape = (len(layers), *spec.shape)
+        shape = (len(spec.places), *spec.shape)
         regions = dict(regions_by_device(sharding, shape))
         stacks = {device: _Stack(device, region, self._dtype) for device, region in regions.items()}
-        for place, layer in enumerate(layers):
+        for place, layer in enumerate(spec.places):
             parts: dict[Region, np.ndarray] = {}
             for device, ((first, last), *rest) in regions.items():
                 if not first <= place < last:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -9,8 +10,8 @@ from dataclasses import dataclass
 class Stages:
     """The stages that share a model's layers.
 
-    All stages run one program on arrays of one shape. So each has as many places for layers as the one
-    that has most of them, and where the layers do not divide, the last place of some stages is empty.
+    All stages run one program on arrays of one shape. So each has as many places for layers of a kind as
+    the one that has most of that kind, and where they do not divide, the last places of some are empty.
 
     Attributes:
         num_layers: of the model.
@@ -31,10 +32,17 @@ class Stages:
         first = stage * count + min(stage, more)
         return range(first, first + count + (stage < more))
 
-    @property
-    def stack(self) -> tuple[int | None, ...]:
-        """The layer in each place of an array [count * places, ...] that stages share; None is empty."""
-        empty = (None,) * self.places
-        return tuple(
-            layer for s in range(self.count) for layer in (*self.layers_of(s), *empty)[: self.places]
-        )
+    def stack_of(self, layers: Sequence[int]) -> tuple[int | None, ...]:
+        """What is in each place of an array [count * places, ...] of some layers, which stages share.
+
+        Args:
+            layers: numbers of those layers.
+
+        Returns:
+            The index of one of them; None where the place is empty.
+        """
+        by_stage = [
+            [i for i, layer in enumerate(layers) if layer in self.layers_of(s)] for s in range(self.count)
+        ]
+        places = max(map(len, by_stage))
+        return tuple(index for own in by_stage for index in (*own, *[None] * (places - len(own))))

@@ -187,6 +187,9 @@ class ReplicatedScheduler:
             parts=parts,
         )
         self._next_step_id += 1
+        for replica, part in zip(self.replicas, parts, strict=True):
+            if part is None:
+                replica.skip_step()
         self._in_flight.append(plan)
         return plan
 

@@ -259,6 +259,10 @@ class Scheduler:
         self._in_flight.append((plan, step.sequences))
         return plan
 
+    def skip_step(self) -> None:
+        """Count a step of the devices that has no work of this scheduler: also with it stages move on."""
+        self._next_step_id += 1
+
     def _renew_ranks(self) -> None:
         self._policy.stale = False
         for sequence in self._sequences.values():

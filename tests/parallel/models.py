@@ -25,12 +25,30 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "qwen3-biases-mqa": {"num_attention_heads": 4, "vocab_size": 601, "tie_word_embeddings": True},
     "mixtral": {"num_attention_heads": 8, "head_dim": 6, "vocab_size": 601},
     "qwen2-moe": {"num_attention_heads": 8, "vocab_size": 601},
+    "qwen2-moe-every-other-layer": {"num_attention_heads": 8, "vocab_size": 601},
+    "qwen3-moe-mlp-in-the-middle": {"num_attention_heads": 8, "vocab_size": 601},
     "olmoe-clipped": {"num_attention_heads": 8, "vocab_size": 601, "intermediate_size": 28},
+    "deepseek-v2": {"vocab_size": 601},
     "deepseek-v3": {"vocab_size": 601},
     "opt-post-norm-projected": {"num_attention_heads": 8, "vocab_size": 601},
     "gpt2": {"n_embd": 40, "n_head": 4, "vocab_size": 601},
 }
-FAMILIES = tuple(_CHANGES)
+# The same with layers that four stages share, and experts that as many devices do.
+_WINDOWS = [f"{kind}_attention" for kind in ("sliding", "full", "sliding", "sliding", "full")]
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"num_hidden_layers": 5},
+    "mistral-window": {"num_hidden_layers": 4},
+    "qwen2-layer-types": {"num_hidden_layers": 5, "layer_types": _WINDOWS},
+    "qwen3-biases-mqa": {"num_hidden_layers": 4},
+    "mixtral": {"num_hidden_layers": 5, "num_local_experts": 8},
+    "qwen2-moe-every-other-layer": {"num_hidden_layers": 5, "num_experts": 8, "layer_types": _WINDOWS},
+    "qwen3-moe-mlp-in-the-middle": {"num_hidden_layers": 4, "num_experts": 8},
+    "olmoe-clipped": {"num_hidden_layers": 4, "num_experts": 8},
+    "deepseek-v2": {"num_hidden_layers": 4},
+    "deepseek-v3": {"num_hidden_layers": 5, "first_k_dense_replace": 2},
+    "opt-post-norm-projected": {"num_hidden_layers": 5},
+    "gpt2": {"n_layer": 4},
+}
 
 
 def hf_config(name: str, **changes: Any) -> dict[str, Any]:

@@ -45,7 +45,9 @@ class Devices:
         assert plan.num_tokens == sum(part.num_tokens for part in parts)
         copies_out, copies_in = [], []
         for replica, (device, part) in enumerate(zip(self.of_replicas, plan.parts, strict=True)):
-            if part is not None:
+            if part is None:
+                device.skip_step()
+            else:
                 device.execute(part)
                 first, first_host = replica * config.num_pages, replica * config.num_host_pages
                 copies_out += [(first + page, first_host + host) for page, host in part.copies_out]
@@ -55,9 +57,8 @@ class Devices:
 
     def result(self) -> StepResult:
         whole = StepResult([], [])
-        for device, part in zip(self.of_replicas, self.queue.popleft().parts, strict=True):
-            if part is None:
-                continue
+        self.queue.popleft()
+        for device in self.of_replicas:
             result, first = device.result(), len(whole.token_ids)
             whole.token_ids += result.token_ids
             whole.logprobs += result.logprobs
@@ -116,10 +117,18 @@ class Replicas(Server):
 
 @pytest.mark.parametrize("seed", range(25))
 def test_whatever_comes_and_goes(seed: int) -> None:
-    """Random limits, requests, aborts, resets: every output is what a request gives when served alone."""
+    """Random limits, requests, aborts, resets: every output is what a request gives when served alone.
+
+    Every second time each replica is a pipeline, whose stages move on together with those of the others.
+    """
     rng = random.Random(seed)
-    config = replace(random_config(rng), data_parallel_size=rng.choice([2, 3]))
-    server = Replicas(config, in_flight=rng.choice([1, 2, 3]) if config.reschedule_in_flight else 2)
+    stages = rng.choice([2, 3, 4]) if seed % 2 else 1
+    config = replace(random_config(rng), data_parallel_size=rng.choice([2, 3]), num_stages=stages)
+    if stages > 1:
+        in_flight = stages + config.reschedule_in_flight
+    else:
+        in_flight = rng.choice([1, 2, 3]) if config.reschedule_in_flight else 2
+    server = Replicas(config, in_flight=in_flight)
     arriving = deque(random_requests(rng, config, 24))
     resets = 0
     while arriving or server.scheduler.has_unfinished() or server.outstanding:
@@ -138,6 +147,41 @@ def test_whatever_comes_and_goes(seed: int) -> None:
         resets += server.scheduler.reset_prefix_cache()
     assert len(server.requests) >= 5
     server.check_end()
+
+
+def test_with_a_request_for_each_stage_of_each_replica_all_of_them_always_work() -> None:
+    """Also of the replica that has fewest of them; one with a single request does not hold up the others."""
+    config = make_config(num_stages=3, data_parallel_size=2, max_num_seqs=16, num_pages=400)
+    server = Replicas(config, in_flight=4)
+    for index in range(9):
+        server.add(make_request(f"r{index}", [index, 1, 2], max_tokens=40))
+    for _ in range(30):
+        plan = server.schedule()
+        assert plan is not None
+        # Five requests in the one, four in the other.
+        assert [len(part.scheduled) if part else 0 for part in plan.parts] in ([2, 2], [2, 1], [1, 1], [1, 2])
+        if len(server.outstanding) == server.in_flight:
+            server.apply()
+    for first in range(len(server.plans) - 3):
+        window = server.plans[first : first + 3]
+        rows = [entry.request.request_id for plan in window for entry in plan.scheduled]
+        assert sorted(rows) == [f"r{index}" for index in range(9)]
+    server.run()
+
+
+def test_a_replica_with_one_request_goes_on_while_others_fill_the_steps() -> None:
+    """Its token is there after as many steps of the devices as stages, whoever had work in them."""
+    server = Replicas(make_config(num_stages=3, data_parallel_size=2, num_pages=400), in_flight=4)
+    places = places_of(server, prompt(30, 0), max_tokens=9)
+    places += places_of(server, *(prompt(5, seed) for seed in range(1, 5)), max_tokens=20)
+    assert places == [0, 1, 1, 1, 1]
+    for _ in range(24):
+        assert server.schedule() is not None
+        if len(server.outstanding) == server.in_flight:
+            server.apply()
+    turns = [index for index, plan in enumerate(server.plans) if plan.parts[0] is not None]
+    assert turns == list(range(0, 24, 3))
+    server.run()
 
 
 def test_a_request_that_ends_by_a_token_in_flight_is_forgotten_once() -> None:

@@ -1,7 +1,4 @@
-"""A pipeline says what one device would, stages hold their own layers, and with enough requests none rests.
-
-Chunked prefill, a prefix cache, preemption and n > 1 are all on, as in `same_tokens`.
-"""
+"""Stages of a pipeline hold their own layers, with enough requests none rests, and all say what one would."""
 
 from __future__ import annotations
 
@@ -23,40 +20,6 @@ from jaxllm.execution.runner import Runner
 from jaxllm.models.families import translate_config
 from tests.parallel.eight_devices.same_tokens import BIAS, LENGTHS, make_llm, serve, use_one_shape
 from tests.parallel.models import Oracle, hf_config, write_model
-
-# Layers that do not divide, windows that differ between stages, experts, learned positions, post-norms.
-CASES = [
-    ("llama", 2, 1, {}),
-    ("llama", 4, 2, {"num_hidden_layers": 5}),
-    ("qwen2-layer-types", 2, 2, {}),
-    ("qwen2-moe", 2, 2, {}),
-    ("opt-post-norm-projected", 3, 1, {}),
-]
-
-
-@pytest.mark.parametrize(("name", "pipe", "tensor", "changes"), CASES)
-def test_tokens_and_logprobs(
-    name: str,
-    pipe: int,
-    tensor: int,
-    changes: dict[str, Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    use_one_shape(monkeypatch)
-    if (name, pipe) == ("llama", 2):
-        # And one for decodes alone: batches are packed anew for the steps that they share with others.
-        monkeypatch.setattr(runner, "step_shapes", lambda *sizes: step_shapes(*sizes)[:2])
-    directory = write_model(tmp_path, name, **changes)
-    oracle = Oracle(directory, translate_config(hf_config(name, **changes)))
-    llm = make_llm(directory, tensor, pipeline_parallel_size=pipe, max_num_seqs=4, num_gpu_blocks_override=19)
-    try:
-        serve(llm, oracle, (*LENGTHS, 9, 17))
-        stats = llm.llm_engine.stats()
-        assert stats.num_preemptions > 0
-        assert stats.prefix_cache_hits > 0
-    finally:
-        llm.shutdown()
 
 
 class Watched:

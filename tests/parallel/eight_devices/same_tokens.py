@@ -1,8 +1,4 @@
-"""Two devices or four say what one would: every family, with all that the engine does to its requests.
-
-Chunked prefill, a prefix cache, preemption, n > 1, biases and penalties are all on; what must come out
-is computed by the plain forward pass, without engine, cache or mesh.
-"""
+"""Several devices say what one would, whatever the engine does to their requests; see also `families`."""
 
 from __future__ import annotations
 
@@ -18,22 +14,13 @@ from jaxllm import LLM, SamplingParams
 from jaxllm.errors import ConfigError
 from jaxllm.execution import runner
 from jaxllm.execution.buckets import step_shapes
-from jaxllm.models.families import translate_config
-from tests.parallel.models import FAMILIES, Oracle, hf_config, write_model
+from tests.parallel.models import Oracle, hf_config, write_model
 
 LENGTHS, OUTPUT = (21, 18, 5, 23), 9
 BIAS = {3: 4.0, 500: -5.0, 600: 4.0}
-# Every family is on four devices; on two as well those with norms over all heads, or experts.
-ON_TWO_DEVICES = ("llama", "olmoe-clipped", "qwen2-moe")
 
 
-@pytest.fixture(scope="module")
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Oracle]:
-    directory = write_model(tmp_path_factory.mktemp(request.param), request.param)
-    return directory, Oracle(directory, translate_config(hf_config(request.param)))
-
-
-def make_llm(directory: Path, devices: int, **settings: Any) -> LLM:
+def make_llm(directory: Path, devices: int = 1, **settings: Any) -> LLM:
     defaults = {
         "skip_tokenizer_init": True,
         "tensor_parallel_size": devices,
@@ -55,7 +42,10 @@ def use_one_shape(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def serve(llm: LLM, oracle: Oracle, lengths: tuple[int, ...] = LENGTHS) -> None:
-    """Serves prompts that share a prefix, of these lengths, and checks every token and log-probability."""
+    """Serves prompts that share a prefix, of these lengths, and checks every token and log-probability.
+
+    What must come out is computed by the plain forward pass, without engine, cache or mesh.
+    """
     rng = np.random.default_rng(0)
     shared = rng.integers(601, size=8).tolist()
     prompts = [(shared + rng.integers(601, size=length).tolist())[:length] for length in lengths]
@@ -80,27 +70,6 @@ def serve(llm: LLM, oracle: Oracle, lengths: tuple[int, ...] = LENGTHS) -> None:
             # float32 through a few layers; the engine on one device keeps to the same.
             assert logprob.logprob == pytest.approx(want[position, token], abs=1e-4)
             assert logprob.rank == 1 + (want[position] > want[position, token]).sum()
-
-
-@pytest.mark.parametrize(
-    ("model", "devices"),
-    [(family, n) for family in FAMILIES for n in (2, 4) if n == 4 or family in ON_TWO_DEVICES],
-    indirect=["model"],
-)
-def test_tokens_and_logprobs(
-    model: tuple[Path, Oracle], devices: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    directory, oracle = model
-    if oracle.model.architecture != "LlamaForCausalLM":
-        use_one_shape(monkeypatch)
-    llm = make_llm(directory, devices)
-    try:
-        serve(llm, oracle)
-        stats = llm.llm_engine.stats()
-        assert stats.num_preemptions > 0
-        assert stats.prefix_cache_hits > 0
-    finally:
-        llm.shutdown()
 
 
 def test_draws_and_penalties_are_those_of_one_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
