@@ -146,9 +146,10 @@ def print_layout(layout: Layout, title: str) -> None:
         copies = layout.fitted.num_kv_heads // layout.model.num_kv_heads
         print(f"note         each of {layout.model.num_kv_heads} KV heads is kept {copies} times")
     if layout.empty_bytes:
+        all_stages = f"{layout.pipe} x {_size(layout.device_bytes)}"
         print(
-            f"note         stages have room for as many layers of a kind as one of them has at most; "
-            f"{_size(layout.empty_bytes)} of the {layout.pipe} x {_size(layout.device_bytes)} of weights are empty"
+            "note         every stage has room for as many layers of a kind as one of them has at most: "
+            f"{_size(layout.empty_bytes)} of {all_stages} stay empty"
         )
 
 

@@ -123,7 +123,7 @@ def by_replica(decoder: Decoder, dimension: int = 0) -> NamedSharding | None:
     mesh = decoder.form.mesh
     if mesh is None or mesh.shape["data"] == 1 or (isinstance(mesh, Mesh) and mesh.is_multi_process):
         return everywhere(decoder)
-    return NamedSharding(mesh, partition_spec(((None,) * dimension + ("batch",))))
+    return NamedSharding(mesh, partition_spec((None,) * dimension + ("batch",)))
 
 
 def shardings_of(arrays: Any) -> Any:

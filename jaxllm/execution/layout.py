@@ -90,12 +90,12 @@ class Layout:
 
     @property
     def empty_bytes(self) -> int:
-        """Of weights on one device of each stage, together: places of layers that other stages have more of."""
-        stacked = [array for array in self.arrays if array.axes[:1] == ("layers",)]
+        """Of weights on a device of each stage, together: places for layers of which others have more."""
         empty = 0
-        for array in stacked:
-            places = array.device_shape[0]
-            empty += array.device_bytes // places * (places * self.pipe - array.shape[0])
+        for array in self.arrays:
+            if array.axes[:1] == ("layers",):
+                places = array.device_shape[0]
+                empty += array.device_bytes // places * (places * self.pipe - array.shape[0])
         return empty
 
     @property

@@ -83,6 +83,15 @@ class Oracle:
         logits = forward(self.model, self._parameters, list(tokens))
         return logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
 
+    def check_greedy(
+        self, prompt: list[int], output: list[int], count: int, bias: dict[int, float] | None = None
+    ) -> None:
+        """That the output is what `greedy` says: each token the best after all before it, in one pass."""
+        logits = self.logprobs(prompt + output[:-1])[len(prompt) - 1 :].copy()
+        for token, value in (bias or {}).items():
+            logits[:, token] += value
+        assert len(output) == count and output == logits.argmax(axis=-1).tolist()
+
     def greedy(self, prompt: list[int], count: int, bias: dict[int, float] | None = None) -> list[int]:
         tokens = list(prompt)
         for _ in range(count):

@@ -1,7 +1,7 @@
-"""Every family on every kind of mesh: the tokens of one device, with all that the engine does to its requests.
+"""Every family on meshes of every kind: the tokens of one device, whatever the engine does to its requests.
 
 Chunked prefill, a prefix cache, preemption, n > 1, biases and log-probabilities are all on. Each family is
-on every axis of a mesh; `EVERY_MESH=1 pytest tests/parallel` has each on every mesh.
+on all axes of a mesh at once, and on four devices of one; `EVERY_MESH=1` has each on every mesh.
 """
 
 from __future__ import annotations
@@ -41,19 +41,27 @@ MESHES = {
     "dp2-tp2-ep": mesh(data=2, tensor=2, experts=True),
     "dp2-pp2-tp2-ep": mesh(data=2, pipe=2, tensor=2, experts=True),
 }
-WITH_EXPERTS = ("mixtral", "qwen2-moe-every-other-layer", "qwen3-moe-mlp-in-the-middle", "olmoe-clipped")
-WITH_EXPERTS += ("deepseek-v2", "deepseek-v3")
-CHOSEN = ("tp4", "pp4", "dp2-pp2-tp2", "dp2-pp2-tp2-ep")
+WITHOUT_EXPERTS = tuple(name for name, settings in MESHES.items() if not settings["enable_expert_parallel"])
+CHOSEN: dict[str, tuple[str, ...]] = {
+    "llama": ("tp4", "dp2-pp2-tp2"),
+    "mistral-window": ("pp4", "dp2-pp2-tp2"),
+    "qwen2-layer-types": ("pp4", "dp2-pp2-tp2"),
+    "qwen3-biases-mqa": ("tp4", "dp2-pp2-tp2"),
+    "mixtral": ("tp4-ep", "dp2-pp2-tp2"),
+    "qwen2-moe-every-other-layer": ("pp4", "dp2-pp2-tp2-ep"),
+    "qwen3-moe-mlp-in-the-middle": ("pp4", "dp2-pp2-tp2-ep"),
+    "olmoe-clipped": ("tp4", "dp2-pp2-tp2-ep"),
+    "deepseek-v2": ("dp2-tp2-ep", "dp2-pp2-tp2"),
+    "deepseek-v3": ("tp4", "dp2-pp2-tp2-ep"),
+    "opt-post-norm-projected": ("pp4", "dp2-pp2-tp2"),
+    "gpt2": ("tp4", "dp2-pp2-tp2"),
+}
+EVERY = {family: MESHES if "experts" in str(hf_config(family)) else WITHOUT_EXPERTS for family in FAMILIES}
 
 
 def cases() -> list[tuple[str, str]]:
-    every = "EVERY_MESH" in os.environ
-    return [
-        (family, name)
-        for family in FAMILIES
-        for name, settings in MESHES.items()
-        if (every or name in CHOSEN) and (family in WITH_EXPERTS or not settings["enable_expert_parallel"])
-    ]
+    chosen = EVERY if "EVERY_MESH" in os.environ else CHOSEN
+    return [(family, name) for family in FAMILIES for name in chosen[family]]
 
 
 @pytest.fixture(scope="module")

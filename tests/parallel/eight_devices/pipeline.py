@@ -13,12 +13,10 @@ import pytest
 
 from jaxllm import LLM, SamplingParams, StructuredOutputsParams
 from jaxllm.errors import ConfigError
-from jaxllm.execution import runner
-from jaxllm.execution.buckets import step_shapes
 from jaxllm.execution.layout import lay_out
 from jaxllm.execution.runner import Runner
 from jaxllm.models.families import translate_config
-from tests.parallel.eight_devices.same_tokens import BIAS, LENGTHS, make_llm, serve, use_one_shape
+from tests.parallel.eight_devices.same_tokens import BIAS, make_llm, use_one_shape, use_two_shapes
 from tests.parallel.models import Oracle, hf_config, write_model
 
 
@@ -175,9 +173,12 @@ def test_sleep_and_wake(llm: LLM) -> None:
         assert answer() == before
 
 
-def test_grammars_and_bad_words(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("stages", [1, 2])
+def test_grammars_and_bad_words_in_two_replicas(stages: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the host must know before a request goes on; requests without such go on beside them."""
     use_one_shape(monkeypatch)
+    if stages == 2:
+        use_two_shapes(monkeypatch)
     settings: dict[str, Any] = {"max_model_len": 128, "max_num_seqs": 4, "max_num_batched_tokens": 16}
     schema = {
         "type": "object",
@@ -194,7 +195,7 @@ def test_grammars_and_bad_words(monkeypatch: pytest.MonkeyPatch) -> None:
         SamplingParams(max_tokens=12, temperature=1.0, seed=2, structured_outputs=letters, n=2),
     ]
     prompts = ["Who are you?", "Once upon a time", "Once upon a time", "Q: What"]
-    with LLM(pipeline_parallel_size=2, **settings) as llm:
+    with LLM(pipeline_parallel_size=stages, data_parallel_size=2, **settings) as llm:
         outputs = llm.generate(prompts, params, use_tqdm=False)
     texts = [[completion.text for completion in output.outputs] for output in outputs]
     assert json.loads(texts[0][0]).keys() == {"a"}

@@ -37,7 +37,14 @@ from jaxllm.scheduling import ReplicatedScheduler
 from sharding import make_mesh, on_shards
 from tests.layers.test_moe import HIDDEN, expected, make_layer
 from tests.parallel.eight_devices import collectives
-from tests.parallel.eight_devices.same_tokens import BIAS, OUTPUT, make_llm, serve, use_one_shape
+from tests.parallel.eight_devices.same_tokens import (
+    BIAS,
+    OUTPUT,
+    make_llm,
+    serve,
+    use_one_shape,
+    use_two_shapes,
+)
 from tests.parallel.hlo import collectives as count_collectives
 from tests.parallel.hlo import copies_of, parse
 from tests.parallel.models import Oracle, hf_config, write_model
@@ -264,53 +271,52 @@ def test_two_replicas_of_one_device(tmp_path: Path) -> None:
         llm.shutdown()
 
 
-@pytest.mark.usefixtures("one_shape")
-def test_two_replicas_of_two_devices(tmp_path: Path) -> None:
-    """Preempted requests are kept in the host's memory."""
+def test_two_pipelines_of_two_devices_a_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Preempted requests are kept in the host's memory; all draw what they would on one device."""
+    use_two_shapes(monkeypatch)
     directory, oracle = load(tmp_path, "llama")
-    llm = make_llm(directory, 2, data_parallel_size=2, swap_space=0.01)
+    limits: dict[str, Any] = {"max_num_seqs": 4, "num_gpu_blocks_override": 19, "swap_space": 0.01}
+    llm = make_llm(directory, 2, data_parallel_size=2, pipeline_parallel_size=2, **limits)
     try:
-        serve(llm, oracle, LENGTHS)
+        serve(llm, oracle, LENGTHS * 2)
         assert cast(ReplicatedScheduler, llm.llm_engine.scheduler).num_swaps > 0
         runner = llm.llm_engine.runner
-        # Every device has pages and slots of its replica, and its part of the weights.
+        # Every device has pages and slots of its replica, what its stage hands on, and its part of weights.
         held = {
-            "cache": (runner._kv_pages, (3, 11, 4, 2, 6)),
-            "counts": (runner._state.output_counts, (3, 512)),
-            "mlp": (runner._params["layers.mlp.down.weight"][0], (48, 38)),
+            "cache": (runner._kv_pages, (2, 20, 4, 2, 6)),
+            "counts": (runner._state.output_counts, (5, 256)),
+            "hidden": (runner._hidden, (1, 48, 16)),
+            "mlp": (runner._params["layers.mlp.down.weight"], (2, 48, 38)),
         }
         for name, (array, shape) in held.items():
-            assert [shard.data.shape for shard in array.addressable_shards] == [shape] * 4, name
+            assert [shard.data.shape for shard in array.addressable_shards] == [shape] * 8, name
+        tokens = draw(llm)
+        engine, rng = llm.llm_engine, np.random.default_rng(3)
+        # Aborted and ended while their batches are on their way, on either replica.
+        wanted, got = {}, {}
+        for number in range(14):
+            prompt = rng.integers(601, size=rng.integers(3, 20)).tolist()
+            wanted[str(number)] = prompt
+            params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, detokenize=False)
+            engine.add_request(str(number), {"prompt_token_ids": prompt}, params)
+            for output in engine.step():
+                got[output.request_id] = list(output.outputs[0].token_ids)
+            if number % 4 == 3:
+                engine.abort([str(number - 1)])
+                del wanted[str(number - 1)]
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                got[output.request_id] = list(output.outputs[0].token_ids)
+        for name, prompt in wanted.items():
+            oracle.check_greedy(prompt, got[name], 6)
+        engine.scheduler.check_integrity()
     finally:
         llm.shutdown()
-
-
-@pytest.mark.usefixtures("one_shape")
-def test_experts_on_four_devices_of_two_replicas(tmp_path: Path) -> None:
-    directory, oracle = load(tmp_path, "qwen2-moe", num_experts=8)
-    llm = make_llm(directory, 2, data_parallel_size=2, enable_expert_parallel=True)
+    alone = make_llm(directory, 1, max_num_seqs=8, num_gpu_blocks_override=99)
     try:
-        experts = llm.llm_engine.runner._params["layers.mlp.experts.down.weight"][0]
-        assert experts.shape[0] == 8
-        held = [shard.index[0].indices(8)[:2] for shard in experts.addressable_shards]
-        assert held == [(0, 2), (2, 4), (4, 6), (6, 8)]
-        serve(llm, oracle, LENGTHS)
+        assert draw(alone) == tokens
     finally:
-        llm.shutdown()
-
-
-@pytest.mark.usefixtures("one_shape")
-def test_pooled_vectors_are_those_of_one_device(tmp_path: Path) -> None:
-    directory = write_model(tmp_path, "qwen2-layer-types")
-    prompts = [{"prompt_token_ids": np.random.default_rng(n).integers(601, size=n).tolist()} for n in LENGTHS]
-    vectors = {}
-    for replicas in (1, 2):
-        llm = make_llm(directory, 1, runner="pooling", data_parallel_size=replicas)
-        outputs = llm.embed(prompts, use_tqdm=False)
-        vectors[replicas] = np.array([output.outputs.embedding for output in outputs])
-        llm.shutdown()
-    # The same sums in the same order, but for the tiles of another batch.
-    np.testing.assert_allclose(vectors[2], vectors[1], atol=1e-5)
+        alone.shutdown()
 
 
 def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
@@ -321,7 +327,5 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
         make_llm(directory, 2, data_parallel_size=2, enable_expert_parallel=True)
     with pytest.raises(ConfigError, match=r"data_parallel_size=5, .*: a mesh of data=5 .* needs 10 devices"):
         make_llm(directory, 2, data_parallel_size=5)
-    with pytest.raises(UnsupportedError, match="pipeline_parallel_size=2 with data_parallel_size=2"):
-        make_llm(directory, 1, data_parallel_size=2, pipeline_parallel_size=2)
     with pytest.raises(UnsupportedError, match="record_schedule with data_parallel_size=2"):
         make_llm(directory, 1, data_parallel_size=2, record_schedule=str(tmp_path / "schedule"))
