@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 COLLECTIVES = (
     "all-reduce",
@@ -155,8 +155,9 @@ class Work:
 def work(module: Module) -> Work:
     """What a run does in which nobody asks for more than they must.
 
-    A loop counts as often as it turns, of the branches of a conditional the cheapest counts, and loops
-    whose number of turns only the data say are left out.
+    A loop counts as often as it turns, and of the branches of a conditional the cheapest counts. Of loops
+    whose number of turns only the data say products are left out, and collectives count once: who exchanges
+    rows does it in rounds, and needs one of them unless the data are far off balance.
     """
     known: dict[str, Work] = {}
 
@@ -168,7 +169,8 @@ def work(module: Module) -> Work:
 
     def of_one(one: Instruction, arrays: dict[str, Instruction]) -> Work:
         if one.opcode == "while":
-            return sum((of(name) for name in one.called), Work()).times(one.trips or 0)
+            turn = sum((of(name) for name in one.called), Work())
+            return replace(turn, flops=0) if one.trips is None else turn.times(one.trips)
         if one.opcode == "conditional":
             return min(map(of, one.called), key=lambda w: (w.flops, sum(w.elements.values())))
         if one.opcode == "dot":

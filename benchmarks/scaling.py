@@ -4,7 +4,8 @@
 
 Compiles the step for simulated devices, of which no clock could say anything, and counts in the module:
 products, collectives with the trips of their loops, weights on a device. No weights are made. Then says
-what that promises on real chips (`weak_scaling.py` has the model, and all that it assumes).
+what that promises on real chips (`weak_scaling.py` has the model, and all that it assumes). A model of
+experts is counted with a part of each on every device, and with whole ones on the devices of all replicas.
 
 Counted in float32, which a CPU computes in; bytes are of `--dtype`, in which as many numbers move.
 """
@@ -33,11 +34,16 @@ if TYPE_CHECKING:
 
 PAGE_SIZE, NUM_PAGES = 64, 64
 DEVICE_NAMES = ("v5e", "v6e", "h200")
-COLOURS = {"tensor": "tab:red", "tensor x data": "tab:blue", "tensor x pipe": "tab:green"}
+COLOURS = {
+    "tensor": "tab:red",
+    "tensor x data": "tab:blue",
+    "tensor x pipe": "tab:green",
+    "experts over data x tensor": "tab:purple",
+}
 
 
-def compile_step(model: ModelConfig, tensor: int, shape: StepShape) -> tuple[Compiled, Decoder]:
-    """The step of an accelerator's form, for so many of this process's devices.
+def compile_step(model: ModelConfig, data: int, tensor: int, shape: StepShape) -> tuple[Compiled, Decoder]:
+    """The step of an accelerator's form, for so many of this process's devices; replicas share the experts.
 
     Raises:
         ShardingError: the model cannot be split so, or there are fewer devices.
@@ -48,7 +54,7 @@ def compile_step(model: ModelConfig, tensor: int, shape: StepShape) -> tuple[Com
         abstract_cache,
         abstract_parameters,
         abstract_state,
-        everywhere,
+        by_replica,
         lower_step,
     )
     from jaxllm.execution.sampler import SamplerState
@@ -57,16 +63,17 @@ def compile_step(model: ModelConfig, tensor: int, shape: StepShape) -> tuple[Com
     from jaxllm.models.decoder import Decoder, DecoderForm
     from sharding import make_mesh
 
-    mesh = None if tensor == 1 else make_mesh(tensor=tensor)
-    decoder = Decoder(model, DecoderForm(jnp.dtype("float32"), False, True, "xla", mesh))
+    mesh = None if data * tensor == 1 else make_mesh(data=data, tensor=tensor)
+    form = DecoderForm(jnp.dtype("float32"), False, True, "xla", mesh, expert_parallel=data > 1)
+    decoder = Decoder(model, form)
     vocabulary = decoder.fitted.vocab_size
     lowered = lower_step(
         functools.partial(step, decoder=decoder, shape=shape, num_logprobs=1, logprobs_mode="raw_logprobs"),
         decoder,
         abstract_parameters(decoder),
         abstract_cache(decoder, NUM_PAGES, PAGE_SIZE),
-        abstract_state(functools.partial(SamplerState.create, shape.num_seqs, vocabulary), mesh),
-        TokenMasks(model.vocab_size, vocabulary, everywhere(decoder)).abstract(shape.num_seqs),
+        abstract_state(functools.partial(SamplerState.create, shape.num_seqs, vocabulary, data), mesh),
+        TokenMasks(model.vocab_size, vocabulary, by_replica(decoder), data).abstract(shape.num_seqs),
         shape,
     )
     return lowered.compile(), decoder
@@ -86,59 +93,88 @@ def held(compiled: Compiled, decoder: Decoder) -> dict[str, int]:
     return sizes
 
 
-def count(model: ModelConfig, kind: str, tensor: int, options: argparse.Namespace) -> Counts:
+def count(model: ModelConfig, kind: str, data: int, tensor: int, options: argparse.Namespace) -> Counts:
     """Compiles a step of every chip's share of requests on so many of them, and counts."""
     from jaxllm.execution.batch import StepShape
+    from jaxllm.simulate import figures_of
 
     decodes, context = kind == "decode", options.context
     num_tokens = tensor * (options.seqs_per_chip if decodes else options.tokens_per_chip)
     num_seqs = num_tokens if decodes else -(-num_tokens // context)
     shape = StepShape(num_tokens, num_seqs, -(-context // PAGE_SIZE), decodes)
-    compiled, decoder = compile_step(model, tensor, shape)
+    compiled, decoder = compile_step(model, data, tensor, shape)
     done: Work = work(parse(compiled.as_text() or ""))
     sizes, width = held(compiled, decoder), DTYPE_BYTES[options.dtype]
     cache = sizes.pop("cache")
     looked_up = 0 if model.tie_word_embeddings else sizes["embed.weight"]
     # A query sees all of the context, those of a prompt half of it on average.
     pairs = num_tokens * (context if decodes else context // 2)
-    features = decoder.fitted.num_heads * model.head_dim // tensor
+    figures = figures_of(decoder.fitted, options.dtype)
+    read, rows = sum(sizes.values()) - looked_up, 0
+    if model.moe is not None:
+        experts = sum(size for name, size in sizes.items() if ".experts." in name)
+        read -= experts - round(experts * model.moe.experts_read(data * num_tokens) / model.moe.num_experts)
+        # As many of a device's own, with a part of each of their experts, as of all with whole ones.
+        rows = num_tokens * model.moe.experts_per_token
     return Counts(
         kind=kind,
         tensor=tensor,
+        data=data,
         num_tokens=num_tokens,
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         dtype_bytes=width,
         product_flops=done.flops,
-        attention_flops=4 * features * pairs * model.num_layers,
+        expert_flops=2 * rows * model.expert_parameters // tensor,
+        attention_flops=figures.pair_flops * pairs // tensor,
         weight_bytes=sum(sizes.values()) * width,
-        read_bytes=(sum(sizes.values()) - looked_up) * width,
+        read_bytes=read * width,
         kv_bytes=num_seqs * context * cache * width,
         all_reduces=done.collectives["all-reduce"],
         all_reduce_bytes=done.elements["all-reduce"] * width,
-        other_bytes=sum(n * width for kind, n in done.elements.items() if kind != "all-reduce"),
+        all_to_alls=done.collectives["all-to-all"],
+        all_to_all_bytes=done.elements["all-to-all"] * width,
+        other_bytes=sum(
+            n * width for kind, n in done.elements.items() if kind not in ("all-reduce", "all-to-all")
+        ),
     )
 
 
 def print_counts(rows: list[Counts], title: str) -> None:
     """Of each compiled step, per device."""
-    columns = ("step", "tensor", "tokens", "product GFLOP", "attention GFLOP", "weights, GB", "KV read, GB")
+    columns = (
+        "step",
+        "mesh",
+        "tokens",
+        "product GFLOP",
+        "of experts",
+        "attention",
+        "weights, GB",
+        "KV read, GB",
+    )
     table: list[list[object]] = [
         [
             one.kind,
-            one.tensor,
+            f"{one.data} x {one.tensor}",
             one.num_tokens,
             f"{one.product_flops / 1e9:,.1f}",
+            f"{one.expert_flops / 1e9:,.1f}",
             f"{one.attention_flops / 1e9:,.1f}",
             f"{one.weight_bytes / 1e9:.2f}",
             f"{one.kv_bytes / 1e9:.2f}",
             one.all_reduces,
             f"{one.all_reduce_bytes / 1e6:,.1f}",
+            one.all_to_alls,
+            f"{one.all_to_all_bytes / 1e6:,.1f}",
             f"{one.other_bytes / 1e6:.2f}",
         ]
         for one in rows
     ]
-    print_table(title, [*columns, "all-reduces", "of MB", "other, MB"], table)
+    note = (
+        "mesh: data x tensor; replicas, where there are several, share the experts. tokens: of each replica."
+    )
+    collectives = ("all-reduces", "of MB", "all-to-alls", "of MB", "other, MB")
+    print_table(title, [*columns, *collectives], table, note=note)
 
 
 def print_points(all_points: list[Point], title: str) -> None:
@@ -150,7 +186,7 @@ def print_points(all_points: list[Point], title: str) -> None:
     for (kind, device), own in groups.items():
         least = own[0]
         at = takeover(own)
-        for plan in COLOURS:
+        for plan in dict.fromkeys(point.plan for point in own):
             last = [point for point in own if point.plan == plan][-1]
             rows.append(
                 [
@@ -162,10 +198,21 @@ def print_points(all_points: list[Point], title: str) -> None:
                     f"{last.tokens_per_chip / least.tokens_per_chip:.0%}",
                     f"{1e3 * last.seconds:.2f}",
                     f"{last.all_reduce / last.seconds:.0%}",
+                    f"{last.exchange / last.seconds:.0%}",
                     f"from {at} on" if plan == "tensor" and at else "",
                 ]
             )
-    columns = ["step", "plan", "largest mesh", "tok/s a chip, least", "there", "kept", "ms", "summing"]
+    columns = [
+        "step",
+        "plan",
+        "largest mesh",
+        "tok/s a chip, least",
+        "there",
+        "kept",
+        "ms",
+        "summing",
+        "exchange",
+    ]
     note = "mesh: data x pipe x tensor. least: the smallest mesh that holds the model."
     print_table(title, [*columns, "takes over"], rows, note=note)
 
@@ -187,7 +234,8 @@ def draw(all_points: list[Point], title: str, path: Path) -> None:
         for axes, device in zip(row, devices, strict=True):
             own = [point for point in all_points if (point.kind, point.device) == (kind, device)]
             for plan, colour in COLOURS.items():
-                line = [point for point in own if point.plan == plan]
+                if not (line := [point for point in own if point.plan == plan]):
+                    continue
                 xs, ys = [p.chips for p in line], [p.tokens_per_chip for p in line]
                 axes.plot(xs, ys, marker="o", markersize=4, color=colour, label=plan)
             if at := takeover(own):
@@ -224,17 +272,35 @@ def main(arguments: list[str] | None = None) -> None:
         "--tokens-per-chip", type=int, default=256, help="prompt tokens it brings to a prefill"
     )
     parser.add_argument("--context", type=int, default=2048, help="tokens of a request")
+    parser.add_argument(
+        "--experts-over",
+        type=_sizes,
+        default=[2, 4, 8, 16, 32, 64, 128, 256],
+        metavar="N,N,...",
+        help="devices of replicas that share the experts, of those that these divide among",
+    )
+    parser.add_argument(
+        "--replica-tensor", type=int, default=1, metavar="N", help="devices of such a replica"
+    )
     parser.add_argument("--chips", type=int, default=256, help="of the largest mesh")
     add_output_arguments(parser)
     options = parser.parse_args(arguments)
     # Before JAX starts: it simulates as many devices as this says.
-    flag = f"--xla_force_host_platform_device_count={options.tensor[-1]}"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
-    os.environ["JAX_PLATFORMS"] = "cpu"
     from jaxllm.models.families import translate_config
 
     model = translate_config(SHAPES[options.shape])
-    counts = [count(model, kind, n, options) for kind in ("decode", "prefill") for n in options.tensor]
+    meshes = [(1, n) for n in options.tensor]
+    if model.moe is not None:
+        fitting_experts = [n for n in options.experts_over if model.moe.num_experts % n == 0]
+        meshes += [
+            (n // options.replica_tensor, options.replica_tensor)
+            for n in fitting_experts
+            if n % options.replica_tensor == 0 and n > options.replica_tensor
+        ]
+    flag = f"--xla_force_host_platform_device_count={max(data * tensor for data, tensor in meshes)}"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    counts = [count(model, kind, *mesh, options) for kind in ("decode", "prefill") for mesh in meshes]
     print_counts(
         counts, f"{options.shape}, {options.dtype}: a step, per device, counted in the compiled module"
     )
@@ -244,7 +310,7 @@ def main(arguments: list[str] | None = None) -> None:
             device, links = DEVICES[name], INTERCONNECTS[name]
             # The same meshes for both kinds of step: what decodes hold is what must fit.
             sizes = fitting([one for one in counts if one.kind == "decode"], device, links)
-            own = [one for one in counts if one.kind == kind and one.tensor in sizes]
+            own = [one for one in counts if one.kind == kind and (one.data, one.tensor) in sizes]
             promised += points(own, device, links, options.chips)
     title = f"{options.shape}, {options.dtype}: weak scaling to {options.chips} chips"
     print_points(promised, title)

@@ -89,7 +89,6 @@ class Engine:
                 "max_in_flight": self._max_in_flight,
                 "shapes": [(s.num_tokens, s.num_seqs, s.decode_only) for s in self.runner.compiler.shapes],
             }
-            assert isinstance(self.scheduler, Scheduler)  # Of several replicas `resolve` refuses it.
             recorders.append(ScheduleRecorder(config.record_schedule, self.scheduler, about, start))
         if config.record_trace is not None:
             recorders.append(TraceRecorder(config.record_trace, config.block_size, start))

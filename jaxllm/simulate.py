@@ -12,13 +12,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as PrintedTable
 from tqdm import tqdm
 
 from jaxllm.config import DEMO_MODEL, SchedulerConfig
@@ -29,6 +30,7 @@ from jaxllm.models.hub import read_config_of
 from jaxllm.scheduling.policies import load_policy
 from jaxllm.scheduling.simulator import (
     DEVICES,
+    INTERCONNECTS,
     WORKLOADS,
     CostModel,
     Device,
@@ -42,7 +44,7 @@ from jaxllm.scheduling.simulator import (
     summarize,
     this_cpu,
 )
-from jaxllm.scheduling.simulator.report import Outcome, draw, write_html, write_pictures
+from jaxllm.scheduling.simulator.report import Outcome, Table, draw, write_html, write_pictures
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -57,6 +59,7 @@ def figures_of(config: ModelConfig, dtype: str) -> ModelFigures:
         head_dim=config.head_dim,
         layer_parameters=config.layer_parameters,
         head_parameters=config.head_parameters,
+        hidden_size=config.hidden_size,
         dtype_bytes=_DTYPE_BYTES[dtype],
         window=window,
         moe=config.moe,
@@ -104,7 +107,14 @@ def run(options: argparse.Namespace) -> list[Outcome]:
     if options.cost is not None:
         cost = FittedCost.load(options.cost)
     else:
-        cost = RooflineCost(figures, device, options.num_devices, page_size=options.block_size)
+        cost = RooflineCost(
+            figures,
+            device,
+            options.tensor_parallel_size,
+            options.pipeline_parallel_size,
+            INTERCONNECTS.get(options.device),
+            page_size=options.block_size,
+        )
     rates: Sequence[float | None] = [None] if options.trace else options.rate
     pairs = [(policy, rate) for rate in rates for policy in options.policy]
     outcomes = []
@@ -125,16 +135,28 @@ def _trace(options: argparse.Namespace, rate: float | None) -> Iterable[TracedRe
 def _scheduler_config(
     options: argparse.Namespace, model: ModelConfig, figures: ModelFigures, device: Device
 ) -> SchedulerConfig:
-    num_pages = options.num_gpu_blocks
+    num_pages, tensor, stages = (
+        options.num_gpu_blocks,
+        options.tensor_parallel_size,
+        options.pipeline_parallel_size,
+    )
+    if stages > model.num_layers:
+        raise ConfigError(
+            f"--pipeline-parallel-size {stages} is more than the {model.num_layers} layers of "
+            f"{options.model}; pass at most that.",
+            param="pipeline_parallel_size",
+        )
+    # Pages have a part on every chip, of the layers and heads that are there.
+    page_bytes = figures.kv_bytes_per_token * options.block_size * tensor / figures.cache_shards(tensor)
     if num_pages is None:
-        memory = device.memory * options.num_devices * options.gpu_memory_utilization
-        free = memory - figures.weight_bytes
-        num_pages = int(free / (figures.kv_bytes_per_token * options.block_size))
+        memory = device.memory * tensor * stages * options.gpu_memory_utilization
+        num_pages = int((memory - figures.weight_bytes) / page_bytes)
         if num_pages < 2:
             raise ConfigError(
-                f"{options.num_devices} x {device.name} have {memory / 1e9:.0f} GB and the weights take "
-                f"{figures.weight_bytes / 1e9:.0f} GB: none is left for the KV cache; raise --num-devices.",
-                param="num_devices",
+                f"{tensor * stages} x {device.name} have {memory / 1e9:.0f} GB and the weights take "
+                f"{figures.weight_bytes / 1e9:.0f} GB: none is left for the KV cache; raise "
+                "--tensor-parallel-size or --pipeline-parallel-size.",
+                param="tensor_parallel_size",
             )
     most = min(options.max_model_len or model.max_position_embeddings, (num_pages - 1) * options.block_size)
     return SchedulerConfig(
@@ -143,8 +165,10 @@ def _scheduler_config(
         max_model_len=most,
         page_size=options.block_size,
         num_pages=num_pages,
-        num_host_pages=int(options.swap_space * 2**30 / (figures.kv_bytes_per_token * options.block_size)),
+        num_host_pages=int(options.swap_space * 2**30 / page_bytes / options.data_parallel_size),
         enable_prefix_caching=options.enable_prefix_caching,
+        num_stages=stages,
+        data_parallel_size=options.data_parallel_size,
     )
 
 
@@ -172,20 +196,58 @@ def table_row(outcome: Outcome) -> list[str]:
     ]
 
 
+REPLICA_COLUMNS = ("policy", "req/s in", "replica", "requests", "tok/s", "TTFT mean", "p99",
+                   "TPOT mean", "p99", "cache hits", "preempted", "busy", "KV cache")  # fmt: skip
+
+
+def replica_rows(outcome: Outcome) -> list[list[str]]:
+    """The replicas of an outcome, each as the cells of `REPLICA_COLUMNS`; none where there is one."""
+
+    def share(value: float | None) -> str:
+        return "" if value is None else f"{value:.0%}"
+
+    return [
+        [
+            *table_row(outcome)[:2],
+            str(replica),
+            str(s.num_requests),
+            f"{s.output_tokens_per_second:,.0f}",
+            f"{s.ttft.mean:.2f} s",
+            f"{s.ttft.p99:.2f} s",
+            f"{s.tpot.mean * 1e3:.1f} ms",
+            f"{s.tpot.p99 * 1e3:.1f} ms",
+            f"{s.cache_hit_rate:.0%}",
+            str(s.num_preemptions),
+            share(s.device_busy),
+            share(s.kv_cache_usage),
+        ]
+        for replica, s in enumerate(outcome.summary.replicas)
+    ]
+
+
+def tables_of(outcomes: Sequence[Outcome]) -> list[Table]:
+    """What is printed: a row for each outcome, and where there are replicas a table of these."""
+    tables: list[Table] = [(COLUMNS, [table_row(outcome) for outcome in outcomes])]
+    if replicas := [row for outcome in outcomes for row in replica_rows(outcome)]:
+        tables.append((REPLICA_COLUMNS, replicas))
+    return tables
+
+
 def print_outcomes(outcomes: Sequence[Outcome], title: str) -> None:
-    """The table."""
-    table = Table(title=title, title_justify="left")
-    for name in COLUMNS:
-        table.add_column(name, justify="left" if name == "policy" else "right")
-    previous = outcomes[0].rate
-    for outcome in outcomes:
-        if outcome.rate != previous:
-            table.add_section()
-            previous = outcome.rate
-        table.add_row(*table_row(outcome))
+    """The tables."""
     console = Console()
-    # Where the output goes to a file there is no width to keep to.
-    (console if console.is_terminal else Console(width=160)).print(table)
+    for (columns, rows), heading in zip(tables_of(outcomes), (title, "Replicas"), strict=False):
+        table = PrintedTable(title=heading, title_justify="left")
+        for name in columns:
+            table.add_column(name, justify="left" if name == "policy" else "right")
+        previous = rows[0][1]
+        for row in rows:
+            if row[1] != previous:
+                table.add_section()
+                previous = row[1]
+            table.add_row(*row)
+        # Where the output goes to a file there is no width to keep to.
+        (console if console.is_terminal else Console(width=160)).print(table)
     refused = max(outcome.summary.num_refused for outcome in outcomes)
     if refused:
         print(f"{refused} requests were refused: longer than the model or the KV cache allows.")
@@ -211,7 +273,7 @@ def write_files(options: argparse.Namespace, outcomes: Sequence[Outcome], title:
     if options.plots is not None:
         write_pictures(options.plots, pictures)
     if options.html is not None:
-        write_html(options.html, title, COLUMNS, [table_row(outcome) for outcome in outcomes], pictures)
+        write_html(options.html, title, tables_of(outcomes), pictures)
 
 
 def make_parser(program: str = "python -m jaxllm.simulate") -> argparse.ArgumentParser:
@@ -241,7 +303,30 @@ def make_parser(program: str = "python -m jaxllm.simulate") -> argparse.Argument
         default="h100",
         help="cpu is this machine's, measured now, with all its memory",
     )
-    add("--num-devices", type=int, default=1, metavar="N", help="chips that share the work evenly")
+    add(
+        "--tensor-parallel-size",
+        "-tp",
+        type=int,
+        default=1,
+        metavar="N",
+        help=f"chips that share every product; what they send is counted on {', '.join(INTERCONNECTS)}",
+    )
+    add(
+        "--pipeline-parallel-size",
+        "-pp",
+        type=int,
+        default=1,
+        metavar="N",
+        help="stages that share the layers",
+    )
+    add(
+        "--data-parallel-size",
+        "-dp",
+        type=int,
+        default=1,
+        metavar="N",
+        help="replicas, each of so many chips and with the limits below, which requests are shared out among",
+    )
     add("--cost", type=Path, metavar="FILE", help="fitted cost model, in place of the device's roofline")
     add("--max-num-seqs", type=int, default=256, metavar="N")
     add("--max-num-batched-tokens", type=int, default=8192, metavar="N")
@@ -269,10 +354,13 @@ def main(argv: Sequence[str] | None = None, program: str = "python -m jaxllm.sim
         parser.error(f"argument --scheduling-config: its keys must be among the policies, {options.policy}")
     if options.swap_space < 0:
         parser.error(f"argument --swap-space: {options.swap_space} GiB; give 0 or more")
-    if not options.policy or min(options.num_requests, options.num_devices) < 1:
-        parser.error("give at least one policy, one request and one device")
+    sizes = (options.data_parallel_size, options.pipeline_parallel_size, options.tensor_parallel_size)
+    if not options.policy or min(options.num_requests, *sizes) < 1:
+        parser.error("give at least one policy, one request, and 1 of each parallel size")
     traffic = options.trace or f"{options.workload}, {options.num_requests} requests"
-    where = options.cost or f"{options.num_devices} x {options.device}"
+    where = options.cost or f"{math.prod(sizes)} x {options.device}"
+    if options.data_parallel_size > 1:
+        where = f"{options.data_parallel_size} replicas on {where}"
     title = f"{options.model} on {where}: {traffic}"
     try:
         outcomes = run(options)

@@ -7,7 +7,7 @@ import math
 from dataclasses import replace
 
 from jaxllm.config import EngineConfig
-from jaxllm.errors import ConfigError, UnsupportedError
+from jaxllm.errors import ConfigError
 from jaxllm.execution.platform import Platform
 from jaxllm.models.config import ModelConfig
 
@@ -28,15 +28,9 @@ def resolve(config: EngineConfig, model: ModelConfig, platform: Platform) -> Eng
 
     Raises:
         ConfigError: a value that is out of range or contradicts the model or another value.
-        UnsupportedError: a schedule recorded of several replicas.
     """
     for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
         _at_least_one(name, getattr(config, name))
-    if config.data_parallel_size > 1 and config.record_schedule is not None:
-        raise UnsupportedError(
-            f"record_schedule with data_parallel_size={config.data_parallel_size}: what is recorded is the "
-            "schedule of one replica. Leave one of them out; record_trace records the traffic of all."
-        )
     if config.pipeline_parallel_size > model.num_layers:
         raise ConfigError(
             f"pipeline_parallel_size={config.pipeline_parallel_size} is more than the {model.num_layers} "

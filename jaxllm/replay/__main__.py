@@ -75,7 +75,8 @@ def describe(schedule: Schedule) -> tuple[str, str]:
     """A title, and a line below it."""
     header, config = schedule.header, schedule.config
     about = (
-        f"{header['policy']} on {header['device']}, {header['dtype']}, recorded {header['started']}: at most "
+        f"{header['policy']} on {header['device']}, {header['dtype']}, recorded {header['started']}: "
+        f"{'' if schedule.num_replicas == 1 else f'{schedule.num_replicas} replicas, each of '}at most "
         f"{config.max_num_batched_tokens:,} tokens of {config.max_num_seqs} requests a step, "
         f"{config.num_pages - 1:,} pages of {config.page_size}"
     )

@@ -36,11 +36,14 @@ def page_data(schedule: Schedule) -> dict[str, Any]:
     # A step in flight when the recording broke off has no end, and those after it neither.
     steps = [step for step in schedule.steps if not math.isnan(step.ended)]
     return {
-        "pages": schedule.config.num_pages - 1,
+        "pages": schedule.num_usable_pages,
+        "replicas": schedule.num_replicas,
         "steps": _columns(steps),
         "requests": [
             _request(request, len(steps))
-            for request in sorted(schedule.requests.values(), key=lambda r: (r.arrival_time, r.number))
+            for request in sorted(
+                schedule.requests.values(), key=lambda r: (r.replica, r.arrival_time, r.number)
+            )
         ],
     }
 
@@ -68,6 +71,7 @@ def _request(request: RecordedRequest, num_steps: int) -> dict[str, Any]:
         "arrival": round(request.arrival_time, 6),
         "end": None if math.isnan(request.end_time) else round(request.end_time, 6),
         "prompt": request.num_prompt_tokens,
+        "replica": request.replica,
         "runs": [
             [run.first_step, min(run.num_steps, num_steps - run.first_step), run.start, run.num_tokens]
             for run in request.runs

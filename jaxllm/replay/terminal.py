@@ -34,7 +34,7 @@ def draw_step(schedule: Schedule, index: int, *, height: int | None = None) -> R
     Args:
         height: rows of requests that are shown at most.
     """
-    step, usable = schedule.steps[index], schedule.config.num_pages - 1
+    step, usable = schedule.steps[index], schedule.num_usable_pages
     rows = list(schedule.rows(index))
     took = "has not ended" if math.isnan(step.seconds) else f"{step.seconds * 1e3:.2f} ms"
     title = Text.assemble(
@@ -57,7 +57,11 @@ def draw_step(schedule: Schedule, index: int, *, height: int | None = None) -> R
         Bar(usable, 0, step.num_pages, width=40, color=CACHE),
         f"{step.num_pages} of {usable} pages",
     )
-    return Group(title, state, cache, _batch(rows, shape.num_tokens), _rows(rows, height))
+    batches = [
+        _batch([row for row in rows if row.request.replica == replica], shape.num_tokens)
+        for replica in range(schedule.num_replicas)
+    ]
+    return Group(title, state, cache, *batches, _rows(rows, height, schedule.num_replicas > 1))
 
 
 def _batch(rows: list[Row], size: int, width: int = 100) -> Text:
@@ -72,10 +76,12 @@ def _batch(rows: list[Row], size: int, width: int = 100) -> Text:
     return text.append("·" * (width - drawn), "dim")
 
 
-def _rows(rows: list[Row], height: int | None) -> RenderableType:
+def _rows(rows: list[Row], height: int | None, replicas: bool) -> RenderableType:
     table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
     for name in ("", "request", "phase", "positions", "tokens", "prompt", "output", "preempted"):
         table.add_column(name, justify="left" if name in ("request", "phase") else "right", no_wrap=True)
+    if replicas:
+        table.add_column("replica", justify="right", no_wrap=True)
     shown = rows if height is None or len(rows) <= height else rows[: height - 1]
     for row in shown:
         request, end = row.request, row.start + row.num_tokens
@@ -89,6 +95,7 @@ def _rows(rows: list[Row], height: int | None) -> RenderableType:
             str(request.num_prompt_tokens),
             str(max(end - request.num_prompt_tokens, 0)),
             str(len(request.preempted) or ""),
+            *([str(request.replica)] if replicas else []),
         )
     if len(shown) < len(rows):
         return Group(table, Text(f"and {len(rows) - len(shown)} more", "dim"))
@@ -114,7 +121,7 @@ def interact(schedule: Schedule, console: Console) -> None:
     with _raw_keys() as read_key, Live(console=console, screen=True, auto_refresh=False) as live:
         while True:
             foot = f"go to step: {asked[1:]}_" if asked else _KEYS
-            room = max(console.height - 8, 3)
+            room = max(console.height - 7 - schedule.num_replicas, 3)
             live.update(
                 Group(draw_step(schedule, index, height=room), Text(f"\n{foot}", "dim")), refresh=True
             )

@@ -294,6 +294,13 @@ def _rows(result: StepResult, first: int, last: int) -> StepResult:
     )
 
 
+def place_of(scheduler: Scheduler | ReplicatedScheduler, request: Request) -> int:
+    """The replica of an unfinished request; 0 where there is one."""
+    place = scheduler.replica_of(request) if isinstance(scheduler, ReplicatedScheduler) else 0
+    assert place is not None
+    return place
+
+
 def make_scheduler(
     config: SchedulerConfig, policy: SchedulingPolicy | None = None
 ) -> Scheduler | ReplicatedScheduler:

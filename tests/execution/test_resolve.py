@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from jaxllm.config import EngineConfig
-from jaxllm.errors import ConfigError, UnsupportedError
+from jaxllm.errors import ConfigError
 from jaxllm.execution.platform import Platform
 from jaxllm.execution.resolve import resolve
 from jaxllm.models.config import ModelConfig, RopeConfig
@@ -86,8 +86,6 @@ def test_devices_may_share_the_model() -> None:
     config = resolved(tensor_parallel_size=2, pipeline_parallel_size=MODEL.num_layers)
     assert (config.tensor_parallel_size, config.pipeline_parallel_size) == (2, MODEL.num_layers)
     assert resolved(data_parallel_size=2).data_parallel_size == 2
-    with pytest.raises(UnsupportedError, match="record_schedule with data_parallel_size=2: what is recorded"):
-        resolved(data_parallel_size=2, record_schedule="schedule.gz")
 
 
 def test_a_stage_has_a_layer() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from jaxllm.execution.abstract import (
     abstract_cache,
     abstract_parameters,
     abstract_state,
-    everywhere,
+    by_replica,
     lower_step,
 )
 from jaxllm.execution.batch import StepShape
@@ -43,8 +44,9 @@ class Setting:
 
     Attributes:
         shape: a name in `benchmarks.shapes`.
-        topology: as libtpu calls it; `tensor` of its chips are used.
+        topology: as libtpu calls it; `data` times `tensor` of its chips are used.
         memory: bytes of a chip.
+        data: replicas, which share the experts; the limits are of each.
     """
 
     shape: str
@@ -55,6 +57,7 @@ class Setting:
     num_seqs: int = 64
     pages_per_seq: int = 128
     num_tokens: int = 2048
+    data: int = 1
 
     @property
     def model(self) -> ModelConfig:
@@ -63,7 +66,7 @@ class Setting:
     @property
     def shard(self) -> ModelConfig:
         """What one chip computes, as a model of its own."""
-        return shard_of(self.layout.fitted, self.tensor)
+        return shard_of(self.layout.fitted, self.tensor, expert_parallel=self.data > 1)
 
     @functools.cached_property
     def layout(self) -> Layout:
@@ -74,8 +77,16 @@ class Setting:
             max_num_seqs=self.num_seqs,
             max_num_batched_tokens=self.num_tokens,
             block_size=self.page_size,
+            data_parallel_size=self.data,
+            enable_expert_parallel=self.data > 1,
         )
         return lay_out(config, self.model, tensor=self.tensor, pipe=1, device_memory=self.memory)
+
+    @property
+    def num_experts(self) -> int:
+        """Of a layer, of which one chip has any part."""
+        experts = 0 if self.model.moe is None else self.model.moe.num_experts
+        return experts if self.data == 1 else experts // (self.data * self.tensor)
 
     @property
     def cache_bytes(self) -> int:
@@ -115,6 +126,8 @@ class Setting:
             assert own.moe is not None
             each = 5 * hidden + 5 * own.moe.intermediate_size
             mlp = 2 * hidden + own.moe.experts_per_token * each
+            if self.data > 1:  # laid out to be sent, and received, there and back: blocks of twice the mean
+                mlp += own.moe.experts_per_token * 2 * 8 * hidden
         sums = 2 * 4 * hidden + (2 * 2 * hidden if self.tensor > 1 else 0)  # norm and residual; all-reduce
         logits = 4 * self.num_seqs * own.vocab_size
         return tokens * (attention + mlp + sums) * own.num_layers * BFLOAT16.itemsize + 3 * logits
@@ -126,17 +139,17 @@ class CompiledStep:
     Attributes:
         text: of the compiled module.
         cache_shape: of what one chip holds, as XLA writes it.
+        num_experts: of a layer, of which one chip has any part.
     """
 
     executable: Any
-    decoder: Decoder
     text: str
     cache_shape: str
+    num_experts: int
 
     @functools.cached_property
     def traffic(self) -> Traffic:
-        moe = self.decoder.config.moe
-        return Traffic(self.text, 0 if moe is None else moe.num_experts)
+        return Traffic(self.text, self.num_experts)
 
 
 @functools.cache
@@ -144,9 +157,10 @@ def compile_step(setting: Setting, kind: str) -> CompiledStep:
     """A step compiled for chips that are not here."""
     without_a_chip()
     devices = topologies.get_topology_desc(platform="tpu", topology_name=setting.topology).devices
-    sizes = [setting.tensor if axis == "tensor" else 1 for axis in MESH_AXES]
-    mesh = Mesh(np.array(devices[: setting.tensor]).reshape(sizes), MESH_AXES)
-    decoder = Decoder(setting.model, DecoderForm(BFLOAT16, False, True, "tpu", mesh))
+    sizes = [{"data": setting.data, "tensor": setting.tensor}.get(axis, 1) for axis in MESH_AXES]
+    mesh = Mesh(np.array(devices[: math.prod(sizes)]).reshape(sizes), MESH_AXES)
+    form = DecoderForm(BFLOAT16, False, True, "tpu", mesh, expert_parallel=setting.data > 1)
+    decoder = Decoder(setting.model, form)
     shape, vocab_size = setting.step_shape(kind), decoder.fitted.vocab_size
     cache = abstract_cache(decoder, setting.num_pages, setting.page_size)
     lowered = lower_step(
@@ -154,11 +168,14 @@ def compile_step(setting: Setting, kind: str) -> CompiledStep:
         decoder,
         abstract_parameters(decoder),
         cache,
-        abstract_state(functools.partial(SamplerState.create, setting.num_seqs, vocab_size), mesh),
-        TokenMasks(setting.model.vocab_size, vocab_size, everywhere(decoder)).abstract(setting.num_seqs),
+        abstract_state(
+            functools.partial(SamplerState.create, setting.num_seqs, vocab_size, setting.data), mesh
+        ),
+        TokenMasks(setting.model.vocab_size, vocab_size, by_replica(decoder), setting.data).abstract(
+            setting.num_seqs
+        ),
         shape,
     )
     executable = lowered.compile()
-    *leading, rows, width = cache.shape
-    local = ",".join(map(str, (*leading, rows // setting.tensor, width)))
-    return CompiledStep(executable, decoder, executable.as_text(), f"bf16[{local}]")
+    local = ",".join(map(str, cache.sharding.shard_shape(cache.shape)))
+    return CompiledStep(executable, executable.as_text(), f"bf16[{local}]", setting.num_experts)

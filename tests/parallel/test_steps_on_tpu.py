@@ -23,6 +23,11 @@ STEPS = {
     "llama-3.1-70b on eight v6e, decode": (Setting("llama-3.1-70b", "v6e:2x4", 8, 32e9), "decode"),
     # A chip has 192 columns of each expert, of which a TPU left to itself makes rows.
     "qwen3-30b-a3b on four v6e, decode": (Setting("qwen3-30b-a3b", "v6e:2x4", 4, 32e9), "decode"),
+    # Four replicas of two chips, with sixteen of the experts whole on each.
+    "qwen3-30b-a3b on four times two v6e, decode": (
+        Setting("qwen3-30b-a3b", "v6e:2x4", 2, 32e9, data=4),
+        "decode",
+    ),
 }
 
 
@@ -49,7 +54,11 @@ def check_memory(setting: Setting, compiled: CompiledStep) -> None:
 def check_nothing_moves(setting: Setting, compiled: CompiledStep) -> None:
     module = parse(compiled.text)
     [layer] = module.loops_over(compiled.cache_shape)
-    assert collectives(layer) == (Counter({"all-reduce": 2}) if setting.tensor > 1 else Counter())
+    expected = Counter({"all-reduce": 2} if setting.tensor > 1 else {})
+    if setting.data > 1:
+        # Rows and the numbers of their experts there, results back; and how many rounds of that all make.
+        expected += Counter({"all-to-all": 3, "all-reduce": 1})
+    assert collectives(layer) == expected
     shapes = {compiled.cache_shape}
     for array in setting.layout.arrays:
         if array.name.startswith("layers.") and len(array.shape) > 2:

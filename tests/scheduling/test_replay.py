@@ -16,6 +16,7 @@ import pytest
 
 from jaxllm.replay.__main__ import main
 from jaxllm.scheduling.recording.schedule import read_schedule
+from jaxllm.scheduling.recording.schedule_recorder import VERSION
 from tests.scheduling.recorded_server import Recorded, rows_of, serve
 from tests.scheduling.simulated_device import make_config, make_request
 
@@ -107,9 +108,9 @@ def test_a_wrong_line_is_named(recorded: Path, tmp_path: Path, capsys: pytest.Ca
         path.write_text("\n".join([header, lines[0], bad, lines[1]]) + "\n")
         assert main([str(path)]) == 1
         assert "line 3" in capsys.readouterr().err
-    path.write_text(header.replace('"jaxllm_schedule":1', '"jaxllm_schedule":2') + "\n")
+    path.write_text(header.replace(f'"jaxllm_schedule":{VERSION}', '"jaxllm_schedule":77') + "\n")
     assert main([str(path)]) == 1
-    assert "version 2" in capsys.readouterr().err
+    assert "version 77" in capsys.readouterr().err
 
 
 def test_keys_step_through_it(recorded: Path) -> None:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import deque
 from dataclasses import replace
+from pathlib import Path
 from typing import cast
 
 import pytest
 
 from jaxllm.config import SchedulerConfig
 from jaxllm.errors import ConfigError, InvalidRequestError
+from jaxllm.replay.__main__ import main as replay
 from jaxllm.request import Request, RequestStatus
 from jaxllm.scheduling import Plan, ReplicatedScheduler, Scheduler, StepResult, load_policy, make_scheduler
 from jaxllm.scheduling.recording.live_recorder import LiveRecorder
-from jaxllm.scheduling.simulator import TracedRequest, simulate
+from jaxllm.scheduling.recording.schedule import read_schedule
+from jaxllm.scheduling.simulator import TracedRequest, simulate, summarize
+from tests.scheduling.recorded_server import Recorded, rows_of, serve
 from tests.scheduling.simulated_device import (
     Device,
     Server,
@@ -113,6 +118,10 @@ class Replicas(Server):
             assert len(replica._swap._free) == self.config.num_host_pages
         for request in self.requests:
             self.check_ended(request)
+
+
+class RecordedReplicas(Recorded, Replicas):
+    """Replicas that are recorded."""
 
 
 @pytest.mark.parametrize("seed", range(25))
@@ -337,5 +346,78 @@ def test_a_simulated_step_takes_as_long_as_its_fullest_replica() -> None:
 
     trace = [TracedRequest(0.0, ((name, 10 + 10 * name),), 3) for name in range(2)]
     simulation = simulate(trace, make_config(data_parallel_size=2), PerToken())
-    assert len(simulation.requests) == 2
+    assert sorted(record.replica for record in simulation.requests) == [0, 1]
     assert [step.seconds for step in simulation.steps] == pytest.approx([1 + 2.0, 1.1, 1.1])
+    first, second = summarize(simulation).replicas
+    assert (first.device_busy, second.device_busy) == pytest.approx(((2 + 2.2) / 5.2, 1.0))
+    # Of 64 pages of 4: 10 tokens and 20 take 3 and 5, for 3.0 s; and with what comes then 3 and 6.
+    assert first.kv_cache_usage == pytest.approx(3 / 64)
+    assert second.kv_cache_usage == pytest.approx((3.0 * 5 + 2.2 * 6) / 5.2 / 64)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_simulation_of_replicas_is_what_each_would_plan_alone(seed: int) -> None:
+    """Where requests are there at the start: a scheduler for each replica, given what it was given."""
+    rng = random.Random(seed)
+    config = make_config(data_parallel_size=3, max_num_seqs=3, max_num_batched_tokens=24, num_pages=20)
+    stems = [rng.randrange(100) for _ in range(2)]
+    trace = [
+        TracedRequest(0.0, ((rng.choice(stems), 9), (1000 + i, rng.randrange(1, 30))), rng.randrange(1, 20))
+        for i in range(40)
+    ]
+
+    class Rows:
+        def __init__(self) -> None:
+            self.of_steps: list[list[tuple[str, int, int, bool]]] = []
+
+        def seconds(self, plan: Plan) -> float:
+            self.of_steps.append([(e.request.request_id, *e[1:]) for e in plan.scheduled])
+            return 1.0
+
+    together = Rows()
+    # With more plans in flight a replica may have none for a step in which others have one.
+    simulation = simulate(trace, config, together, max_in_flight=1)
+    assert simulation.num_preemptions and sum(r.num_cached_tokens for r in simulation.requests)
+    number = {id(traced): index for index, traced in enumerate(trace)}
+    steps_alone = []
+    for replica in range(3):
+        own = sorted(number[id(r.traced)] for r in simulation.requests if r.replica == replica)
+        alone = Rows()
+        simulate(
+            [trace[index] for index in own], replace(config, data_parallel_size=1), alone, max_in_flight=1
+        )
+        steps_alone.append([[(str(own[int(name)]), *row) for name, *row in step] for step in alone.of_steps])
+    merged = [step for steps in itertools.zip_longest(*steps_alone) for step in steps if step is not None]
+    assert together.of_steps == merged
+    # They took turns by the tokens they had: nobody has more than a prompt above the mean.
+    tokens = [
+        sum(len(r.traced.prompt_token_ids()) for r in simulation.requests if r.replica == k) for k in range(3)
+    ]
+    assert max(tokens) - min(tokens) <= 39 + 9
+
+
+def test_a_recorded_schedule_of_replicas_is_read_as_it_happened(tmp_path: Path) -> None:
+    rng = random.Random(4)
+    config = make_config(data_parallel_size=2, num_pages=20, max_num_seqs=4)
+    server = RecordedReplicas(config, in_flight=2)
+    server.record(tmp_path / "schedule.jsonl")
+    serve(server, random_requests(rng, config, 30), rng)
+    read = read_schedule(tmp_path / "schedule.jsonl")
+    by_id = {request.request_id: request for request in read.requests.values()}
+    assert {name: request.replica for name, request in by_id.items()} == server.places
+    assert sum(len(step.preempted) for step in read.steps) == server.scheduler.num_preemptions > 0
+    for index, plan in enumerate(server.plans):
+        assert sorted(rows_of(read, index)) == sorted((e.request.request_id, *e[1:]) for e in plan.scheduled)
+    # A step costs what the replica with most to do costs.
+    for (_, runs, _, _), plan in zip(read.timed_steps(), server.plans, strict=True):
+        pairs = [
+            sum(e.num_tokens * e.start + e.num_tokens * (e.num_tokens + 1) // 2 for e in part.scheduled)
+            for part in plan.parts
+            if part is not None
+        ]
+        assert sum(n * start + n * (n + 1) // 2 for start, n in runs) == max(pairs)
+    assert summarize(read.as_simulation()).replicas[1].num_requests == list(server.places.values()).count(1)
+    for arguments in ((), ("--step", "3"), ("--policy", "sarathi")):
+        assert replay([str(tmp_path / "schedule.jsonl"), *arguments]) == 0
+    assert replay([str(tmp_path / "schedule.jsonl"), "--html", str(tmp_path / "page.html")]) == 0
+    assert '"replicas":2' in (tmp_path / "page.html").read_text()

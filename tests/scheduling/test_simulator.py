@@ -7,6 +7,7 @@ import math
 import random
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ import pytest
 import jaxllm
 from jaxllm.execution.batch import StepShape
 from jaxllm.execution.buckets import choose
-from jaxllm.models.config import MoEConfig
+from jaxllm.models.config import MLAConfig, MoEConfig
 from jaxllm.request import Request, SchedulingTerms
 from jaxllm.sampling_params import SamplingParams
 from jaxllm.scheduling import Plan, ScheduledRequest, load_policy
 from jaxllm.scheduling.policies import BUILT_IN
 from jaxllm.scheduling.simulator import (
     DEVICES,
+    INTERCONNECTS,
     WORKLOADS,
     FittedCost,
     ModelFigures,
@@ -118,7 +120,7 @@ def test_every_policy_serves_every_request(name: str, workload: str) -> None:
         max_num_seqs=16, max_num_batched_tokens=2048, max_model_len=16384, page_size=16, num_pages=1200
     )
     requests = list(make_workload(workload, rate=8.0, num_requests=150, seed=3))
-    cost = RooflineCost(LLAMA, DEVICES["v5e"], num_devices=8)
+    cost = RooflineCost(LLAMA, DEVICES["v5e"], tensor=8)
     simulation = simulate(requests, config, cost, load_policy(name))
     assert not simulation.refused
     assert sorted(r.traced.arrival_time for r in simulation.requests) == [r.arrival_time for r in requests]
@@ -130,7 +132,9 @@ def test_every_policy_serves_every_request(name: str, workload: str) -> None:
         assert record.first_scheduled_time < record.token_times[0] <= record.token_times[1]
 
 
-LLAMA = ModelFigures(32, 32, 8, 128, layer_parameters=6_979_321_856, head_parameters=525_336_576)
+LLAMA = ModelFigures(
+    32, 32, 8, 128, layer_parameters=6_979_321_856, head_parameters=525_336_576, hidden_size=4096
+)
 
 
 def plan_of(*rows: tuple[int, int, bool]) -> Plan:
@@ -144,7 +148,7 @@ def plan_of(*rows: tuple[int, int, bool]) -> Plan:
 def test_experts_that_are_read_and_held() -> None:
     """Against throwing dice: each token takes 3 of 8 experts, and each expert that any takes is read."""
     moe = MoEConfig(8, 3, 16, (0, 1), True)
-    figures = ModelFigures(2, 4, 2, 8, 1000, 100, moe=moe, expert_parameters=60)
+    figures = ModelFigures(2, 4, 2, 8, 1000, 100, 32, moe=moe, expert_parameters=60)
     assert figures.weight_bytes == 2 * (1100 + 5 * 60)
     assert figures.weight_bytes_read(1) == 2 * 1100
     rng = random.Random(0)
@@ -178,6 +182,29 @@ def test_the_roofline_by_hand() -> None:
     assert cost.seconds(plan_of((999, 1, True))) == pytest.approx((weights + 1001 * kv) / 4800e9)
     flops = 2 * (6_979_321_856 * 8192 + 525_336_576) + 4 * 32 * 32 * 128 * (8192 * 8193 // 2)
     assert cost.seconds(plan_of((0, 8192, True))) == pytest.approx(flops / (989e12 * 0.5))
+
+
+def test_the_roofline_of_chips_that_share_a_model_by_hand() -> None:
+    links = INTERCONNECTS["v6e"]
+    of_mesh = {"flops_share": 1.0, "bandwidth_share": 1.0, "overhead": 0.0}
+    weights = (6_979_321_856 + 525_336_576) * 2
+    kv = 1001 * 2 * 32 * 8 * 128 * 2
+    sums = 64 * links.all_reduce_seconds(4096 * 2, 16)
+    cost = RooflineCost(LLAMA, DEVICES["v6e"], 16, links=links, **of_mesh)  # type: ignore[arg-type]
+    # Sixteen chips hold eight heads twice.
+    seconds = (weights / 16 + kv / 8) / DEVICES["v6e"].bandwidth + sums
+    assert cost.seconds(plan_of((999, 1, True))) == pytest.approx(seconds)
+    # The stages with most of the 32 layers have 11.
+    piped = replace(cost, stages=3)
+    assert piped.seconds(plan_of((999, 1, True))) == pytest.approx(seconds * 11 / 32)
+    latent = replace(LLAMA, mla=MLAConfig(0, 512, 128, 64, 128))
+    alone, shared = (
+        RooflineCost(latent, DEVICES["v6e"], tensor, **of_mesh).seconds(plan_of((10**6, 1, True)))  # type: ignore[arg-type]
+        for tensor in (1, 4)
+    )
+    # Each chip has all of the latents.
+    whole = (10**6 + 2) * 32 * 576 * 2 / DEVICES["v6e"].bandwidth
+    assert (alone - whole) / 4 == pytest.approx(shared - whole)
 
 
 SHAPES = [Shape(1, 1, True), Shape(4, 4, True), Shape(8, 8, True), Shape(16, 8, False), Shape(256, 8, False)]
@@ -442,6 +469,21 @@ class TestCommandLine:
         assert text.count("<td>mlfq</td>") == 2
         assert "http" not in text
 
+    def test_replicas_have_a_table_of_their_own(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        page, file = tmp_path / "out.html", tmp_path / "out.json"
+        given = ("-dp", "3", "-tp", "2", "-pp", "2", "--device", "v6e", "--workload", "chat")
+        assert self.run(*given, "--html", str(page), "--json", str(file)) == 0
+        assert "3 replicas on 12 x v6e" in capsys.readouterr().out
+        assert page.read_text().count("<table>") == 2
+        for row in json.loads(file.read_text()):
+            each = row["summary"]["replicas"]
+            assert len(each) == 3 and all(one["num_requests"] for one in each)
+            for name in ("num_requests", "num_preemptions", "output_tokens_per_second"):
+                assert sum(one[name] for one in each) == pytest.approx(row["summary"][name]), name
+            assert max(one["device_busy"] for one in each) <= row["summary"]["device_busy"]
+
     def test_without_matplotlib_it_says_what_to_install(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -462,6 +504,8 @@ class TestCommandLine:
         ("arguments", "message"),
         [
             (("--policy", "none"), "'none'; it must be one of fcfs"),
+            (("-pp", "300"), "--pipeline-parallel-size 300 is more than the"),
+            (("-tp", "6", "--device", "v5e"), "6 chips: a power of two up to 256"),
             (("--model", "/no/such/model"), "/no/such/model"),
             (("--trace", "/no/such/trace.jsonl"), "trace.jsonl"),
             (("--policy", "mlfq", "--scheduling-config", '{"mlfq": {"quantum": 0}}'), "must be at least 1"),
@@ -474,7 +518,8 @@ class TestCommandLine:
         assert message in capsys.readouterr().err
 
     @pytest.mark.parametrize(
-        "arguments", [("--scheduling-config", '{"vtc": {}}'), ("--rate", "0"), ("--policy", ",")]
+        "arguments",
+        [("--scheduling-config", '{"vtc": {}}'), ("--rate", "0"), ("--policy", ","), ("-dp", "0")],
     )
     def test_what_makes_no_sense_is_refused(self, arguments: tuple[str, ...]) -> None:
         with pytest.raises(SystemExit) as caught:

@@ -166,7 +166,9 @@ def test_limits() -> None:
 
 
 def test_copies_have_their_price() -> None:
-    model = ModelFigures(32, 32, 8, 128, layer_parameters=7 * 10**9, head_parameters=5 * 10**8)
+    model = ModelFigures(
+        32, 32, 8, 128, layer_parameters=7 * 10**9, head_parameters=5 * 10**8, hidden_size=4096
+    )
     cost = RooflineCost(model, DEVICES["h200"], bandwidth_share=0.5, page_size=32)
     rows = (ScheduledRequest(Request("r", [1], SamplingParams()), 99, 1, True),)
     without = Plan(0, rows, (), 1)
@@ -178,7 +180,9 @@ def test_copies_have_their_price() -> None:
 
 
 def test_a_simulated_server_swaps_as_a_real_one() -> None:
-    model = ModelFigures(32, 32, 8, 128, layer_parameters=7 * 10**9, head_parameters=5 * 10**8)
+    model = ModelFigures(
+        32, 32, 8, 128, layer_parameters=7 * 10**9, head_parameters=5 * 10**8, hidden_size=4096
+    )
     cost = RooflineCost(model, DEVICES["h200"])
     config = make_config(
         max_num_seqs=64, max_num_batched_tokens=4096, max_model_len=16384, page_size=16, num_pages=2000

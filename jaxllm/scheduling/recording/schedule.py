@@ -56,6 +56,7 @@ class RecordedRequest:
     """What became of a request. Times in seconds from the first arrival; NaN for what did not happen.
 
     Attributes:
+        replica: that served it.
         runs: the steps that computed it, in order.
         preempted: indices of the steps for which it lost its pages.
         output_len: tokens that it generated.
@@ -68,6 +69,7 @@ class RecordedRequest:
     num_prompt_tokens: int
     max_tokens: int
     terms: SchedulingTerms
+    replica: int = 0
     runs: list[Run] = field(default_factory=list)
     preempted: list[int] = field(default_factory=list)
     first_token_time: float = math.nan
@@ -152,6 +154,16 @@ class Schedule:
             start = run.start + (step - run.first_step) * run.num_tokens
             yield Row(request, start, run.num_tokens, run.samples)
 
+    @property
+    def num_replicas(self) -> int:
+        """Replicas of the model, each with the limits of `config`."""
+        return self.config.data_parallel_size
+
+    @property
+    def num_usable_pages(self) -> int:
+        """Pages of all replicas that can be handed out."""
+        return self.num_replicas * (self.config.num_pages - 1)
+
     def trace(self) -> dict[int, TracedRequest]:
         """The requests that generated anything, by number, to be simulated; in order of arrival."""
         prefixes = SharedPrefixes()
@@ -171,17 +183,19 @@ class Schedule:
         return traced
 
     def timed_steps(self) -> list[RecordedStep]:
-        """The steps that ran to their end."""
+        """The steps that ran to their end; of several replicas the one that the others waited for."""
         return [
-            RecordedStep(
-                step.shape,
-                tuple((row.start, row.num_tokens) for row in self.rows(index)),
-                step.pages_out + step.pages_in,
-                step.seconds,
-            )
+            RecordedStep(step.shape, self._longest_runs(index), step.pages_out + step.pages_in, step.seconds)
             for index, step in enumerate(self.steps)
             if step.seconds > 0
         ]
+
+    def _longest_runs(self, step: int) -> tuple[tuple[int, int], ...]:
+        """The runs of the replica with most pairs of a query and a key; all computed as many tokens."""
+        runs: list[list[tuple[int, int]]] = [[] for _ in range(self.num_replicas)]
+        for row in self.rows(step):
+            runs[row.request.replica].append((row.start, row.num_tokens))
+        return tuple(max(runs, key=lambda own: sum(n * start + n * (n + 1) // 2 for start, n in own)))
 
     def cost(self) -> FittedCost:
         """The price of steps as they were here; shapes that never ran are priced by their tokens.
@@ -200,7 +214,7 @@ class Schedule:
         """What happened, in the form in which the simulator says what would have."""
         traced = self.trace()
         ended = [r for r in self.requests.values() if r.number in traced]
-        simulation = Simulation()
+        simulation = Simulation(num_replicas=self.num_replicas)
         for request in sorted(ended, key=attrgetter("end_time")):
             simulation.requests.append(
                 RequestRecord(
@@ -209,9 +223,10 @@ class Schedule:
                     (request.first_token_time, request.last_token_time),
                     request.num_cached_tokens,
                     len(request.preempted),
+                    request.replica,
                 )
             )
-        usable = self.config.num_pages - 1
+        usable = self.num_usable_pages
         for step in self.steps:
             if math.isnan(step.seconds):
                 break
@@ -269,10 +284,19 @@ class _Reader:
         self._last_end = -math.inf
 
     def take_arrival(
-        self, number: int, request_id: str, micros: int, prompt: int, max_tokens: int, terms: dict[str, Any]
+        self,
+        number: int,
+        request_id: str,
+        micros: int,
+        prompt: int,
+        max_tokens: int,
+        terms: dict[str, Any],
+        replica: int,
     ) -> None:
+        if not 0 <= replica < self._schedule.num_replicas:
+            raise ValueError(f"replica {replica} of {self._schedule.num_replicas}")
         self._schedule.requests[number] = RecordedRequest(
-            number, request_id, micros / 1e6, prompt, max_tokens, SchedulingTerms(**terms)
+            number, request_id, micros / 1e6, prompt, max_tokens, SchedulingTerms(**terms), replica
         )
 
     def take_plan(

@@ -12,9 +12,10 @@ from jaxllm.scheduling.plan import Plan, RequestUpdate
 from jaxllm.scheduling.recording.blocks import BlockHasher
 from jaxllm.scheduling.recording.lines import LineWriter, json_line
 from jaxllm.scheduling.recording.recorder import Recorder
+from jaxllm.scheduling.replicas import ReplicatedScheduler, place_of
 from jaxllm.scheduling.scheduler import Scheduler
 
-VERSION = 1
+VERSION = 2
 """Of the format; a reader refuses any other."""
 
 
@@ -23,7 +24,7 @@ class ScheduleRecorder(Recorder):
 
     The first line is an object: the limits, the policy, the model. The others are arrays:
 
-        ["arrival", number, id, time, prompt tokens, max tokens, terms]
+        ["arrival", number, id, time, prompt tokens, max tokens, terms, replica]
         ["plan", step, time, shape, [running, waiting, pages in use, pages out, pages in],
             decoding, others, preempted]
         ["result", step, time]
@@ -32,7 +33,8 @@ class ScheduleRecorder(Recorder):
     A request is the number that its arrival gave it. A plan's `decoding` are those for which it computes
     the one token that follows what they had, and samples; it is null where they are those of the plan
     before it, as nearly always. `others` are [number, first position, tokens, whether it samples]. Blocks
-    are names of what a request's tokens are, as `BlockHasher` gives them.
+    are names of what a request's tokens are, as `BlockHasher` gives them. With several replicas a plan is of
+    all of them: who runs, who waits and the pages are added up, and the shape is what each computes.
 
     Args:
         path: of the file, which is overwritten.
@@ -41,7 +43,13 @@ class ScheduleRecorder(Recorder):
         start: the time from which times are counted.
     """
 
-    def __init__(self, path: str, scheduler: Scheduler, about: Mapping[str, Any], start: float) -> None:
+    def __init__(
+        self,
+        path: str,
+        scheduler: Scheduler | ReplicatedScheduler,
+        about: Mapping[str, Any],
+        start: float,
+    ) -> None:
         self._scheduler = scheduler
         self._start = start
         self._hasher = BlockHasher(scheduler.config.page_size)
@@ -70,6 +78,7 @@ class ScheduleRecorder(Recorder):
             request.num_prompt_tokens,
             request.max_tokens,
             request.terms.given(),
+            place_of(self._scheduler, request),
         ]
         self._lines.write(json_line(line))
 
@@ -86,7 +95,7 @@ class ScheduleRecorder(Recorder):
                 others.append((place[0], start, num_tokens, samples))
             place[1] = start + num_tokens
         preempted = [places[r][0] for r in plan.released if not r.status.is_finished]
-        num_pages = scheduler.config.num_pages - 1 - scheduler.num_free_pages
+        num_pages = scheduler.pool.num_usable_pages - scheduler.num_free_pages
         state = (scheduler.num_running, scheduler.num_waiting, num_pages)
         copies = (len(plan.copies_out), len(plan.copies_in))
         same = decoding == self._decoding

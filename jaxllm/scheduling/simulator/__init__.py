@@ -9,8 +9,14 @@ from __future__ import annotations
 from jaxllm.scheduling.simulator.costs import CostModel, ModelFigures, RooflineCost
 from jaxllm.scheduling.simulator.devices import DEVICES, INTERCONNECTS, Device, Interconnect
 from jaxllm.scheduling.simulator.fitted import FittedCost, RecordedStep
-from jaxllm.scheduling.simulator.metrics import Summary, summarize
-from jaxllm.scheduling.simulator.simulate import RequestRecord, Simulation, StepRecord, simulate
+from jaxllm.scheduling.simulator.metrics import ReplicaSummary, Summary, summarize
+from jaxllm.scheduling.simulator.simulate import (
+    ReplicaStep,
+    RequestRecord,
+    Simulation,
+    StepRecord,
+    simulate,
+)
 from jaxllm.scheduling.simulator.this_machine import best_seconds, host_bandwidth, this_cpu
 from jaxllm.scheduling.simulator.trace import TracedRequest, read_trace, write_trace
 from jaxllm.scheduling.simulator.work import Shape, Tiles, Work
@@ -26,6 +32,8 @@ __all__ = [
     "Interconnect",
     "ModelFigures",
     "RecordedStep",
+    "ReplicaStep",
+    "ReplicaSummary",
     "RequestRecord",
     "RooflineCost",
     "Shape",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from jaxllm.models.config import MLAConfig, MoEConfig
 from jaxllm.scheduling.plan import Plan
-from jaxllm.scheduling.simulator.devices import Device
+from jaxllm.scheduling.simulator.devices import Device, Interconnect
 
 
 class StepFeatures(NamedTuple):
@@ -65,6 +66,7 @@ class ModelFigures:
     """Sizes of a decoder that the cost of a step follows from.
 
     Attributes:
+        hidden_size: numbers of a token between two layers.
         layer_parameters: weights of all layers that are used for each token.
         head_parameters: weights of the product that yields the logits.
         dtype_bytes: bytes of a weight and of a number in the cache.
@@ -80,6 +82,7 @@ class ModelFigures:
     head_dim: int
     layer_parameters: int
     head_parameters: int
+    hidden_size: int
     dtype_bytes: int = 2
     window: int | None = None
     moe: MoEConfig | None = None
@@ -91,6 +94,10 @@ class ModelFigures:
         """Bytes of the cache that one token takes."""
         numbers = 2 * self.num_kv_heads * self.head_dim if self.mla is None else self.mla.width
         return self.num_layers * numbers * self.dtype_bytes
+
+    def cache_shards(self, tensor: int) -> int:
+        """Into how many parts chips share the cache: heads, but not a latent, which each chip has."""
+        return min(tensor, self.num_kv_heads) if self.mla is None else 1
 
     @property
     def pair_flops(self) -> int:
@@ -121,15 +128,19 @@ class RooflineCost:
     Attributes:
         model: what is computed.
         device: what it runs on.
-        num_devices: chips that share the work evenly.
-        flops_share, bandwidth_share: of the ceilings, that real kernels reach.
-        overhead: seconds that a step takes beside, for launching and communication.
+        tensor: chips that share every product, and sum what they have over their links twice a layer.
+        stages: of a pipeline; a step is one of all stages, and takes as long as that with most layers.
+        links: what joins the chips; None leaves the sums out.
+        flops_share, bandwidth_share: of the ceilings, that real kernels and links reach.
+        overhead: seconds that a step takes beside, for launching.
         page_size: tokens of a KV page, of which some are copied to the host's memory and back.
     """
 
     model: ModelFigures
     device: Device
-    num_devices: int = 1
+    tensor: int = 1
+    stages: int = 1
+    links: Interconnect | None = None
     flops_share: float = 0.6
     bandwidth_share: float = 0.8
     overhead: float = 1e-3
@@ -143,11 +154,19 @@ class RooflineCost:
         )
         attention = model.pair_flops * features.attended
         kv = (features.context + features.num_tokens) * model.kv_bytes_per_token
-        arithmetic = (products + attention) / (self.device.flops * self.flops_share)
-        memory = (model.weight_bytes_read(features.num_tokens) + kv) / (
-            self.device.bandwidth * self.bandwidth_share
-        )
+        arithmetic = (products + attention) / self.tensor / (self.device.flops * self.flops_share)
+        cache_shards = model.cache_shards(self.tensor)
+        read = model.weight_bytes_read(features.num_tokens) / self.tensor + kv / cache_shards
+        memory = read / (self.device.bandwidth * self.bandwidth_share)
         copied = (len(plan.copies_out) + len(plan.copies_in)) * self.page_size * model.kv_bytes_per_token
-        copying = copied / (self.device.host_bandwidth * self.bandwidth_share)
+        copying = copied / cache_shards / (self.device.host_bandwidth * self.bandwidth_share)
         # Nothing is computed meanwhile: what is copied out makes room, what is copied in is read.
-        return (max(arithmetic, memory) + copying) / self.num_devices + self.overhead
+        seconds = max(arithmetic, memory) + copying + self._summing(features.num_tokens)
+        return seconds * math.ceil(model.num_layers / self.stages) / model.num_layers + self.overhead
+
+    def _summing(self, num_tokens: int) -> float:
+        """Seconds in which the chips sum what attention and the MLP of each layer gave."""
+        if self.links is None or self.tensor == 1:
+            return 0.0
+        each = num_tokens * self.model.hidden_size * self.model.dtype_bytes / self.bandwidth_share
+        return 2 * self.model.num_layers * self.links.all_reduce_seconds(each, self.tensor)

@@ -81,6 +81,32 @@ class Interconnect:
         sent = 2 * num_bytes * (chips - 1) / chips
         return sent / (self.bandwidth * share) + 2 * hops * self.hop_seconds
 
+    def all_to_all_seconds(self, num_bytes: float, chips: int) -> float:
+        """So many bytes of each chip, in equal parts for all chips of which it is one.
+
+        Half of what all have crosses the middle of a torus, over the links that are there: of a row as long
+        as the torus two, since it closes, else one. Through a switch everything goes at once. What goes to
+        other domains goes over the network meanwhile.
+
+        Raises:
+            ValueError: the chips are no power of two.
+        """
+        if chips < 1 or chips & (chips - 1):
+            raise ValueError(f"{chips} chips: a power of two is counted")
+        within = min(chips, self.domain)
+        own = num_bytes * within / chips
+        seconds = own * (within - 1) / within / self.bandwidth + (within > 1) * self.hop_seconds
+        if self.ports:
+            longest, link = math.isqrt(self.domain), self.bandwidth / self.ports
+            axes = [size for size in _torus(within) if size > 1]
+            crossing = [size / (8 if size == longest else 4) for size in axes]
+            hops = sum(size // 2 if size == longest else size - 1 for size in axes)
+            seconds = max(crossing, default=0.0) * own / link + hops * self.hop_seconds
+        if chips > self.domain:
+            beyond = num_bytes * (1 - self.domain / chips) / self.network_bandwidth + self.network_seconds
+            seconds = max(seconds, beyond)
+        return seconds
+
     def send_seconds(self, num_bytes: float, *, within: bool) -> float:
         """An array from one chip to another, a neighbour in its domain or in another one."""
         if within:

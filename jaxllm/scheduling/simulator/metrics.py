@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +30,26 @@ class Percentiles:
 
 
 @dataclass(frozen=True, slots=True)
+class ReplicaSummary:
+    """A replica of several in numbers; see `Summary`.
+
+    Attributes:
+        device_busy: fraction of the time in which it computed, and waited for no other replica; None where
+            that was not recorded.
+        kv_cache_usage: fraction of its pages in use, over the time in which steps ran; None likewise.
+    """
+
+    num_requests: int
+    output_tokens_per_second: float
+    ttft: Percentiles
+    tpot: Percentiles
+    cache_hit_rate: float
+    num_preemptions: int
+    device_busy: float | None
+    kv_cache_usage: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Summary:
     """A simulation in numbers.
 
@@ -44,6 +64,7 @@ class Summary:
         device_busy: fraction of the time in which a step ran.
         fairness: Jain's index (Jain et al. 1984) of the tokens per second that tenants got while they
             had requests: 1 is even, 1 / tenants is all for one. 1 where there is one tenant.
+        replicas: each of several; none where there is one.
     """
 
     num_requests: int
@@ -59,6 +80,7 @@ class Summary:
     num_preemptions: int
     device_busy: float
     fairness: float
+    replicas: tuple[ReplicaSummary, ...] = ()
 
 
 def summarize(simulation: Simulation, *, ttft: float = 1.0, tpot: float = 0.05) -> Summary:
@@ -69,7 +91,6 @@ def summarize(simulation: Simulation, *, ttft: float = 1.0, tpot: float = 0.05) 
     """
     requests = simulation.requests
     seconds = max(simulation.seconds, 1e-9)
-    prompt_tokens = sum(record.traced.num_prompt_tokens for record in requests)
     met = sum(_meets_objectives(record, ttft, tpot) for record in requests)
     return Summary(
         num_requests=len(requests),
@@ -81,11 +102,39 @@ def summarize(simulation: Simulation, *, ttft: float = 1.0, tpot: float = 0.05) 
         ttft=Percentiles.of([record.ttft for record in requests]),
         tpot=Percentiles.of([record.tpot for record in requests if record.tpot is not None]),
         latency=Percentiles.of([record.latency for record in requests]),
-        cache_hit_rate=sum(record.num_cached_tokens for record in requests) / max(prompt_tokens, 1),
+        cache_hit_rate=_hit_rate(requests),
         num_preemptions=simulation.num_preemptions,
         device_busy=sum(step.seconds for step in simulation.steps) / seconds,
         fairness=_jains_index(requests),
+        replicas=tuple(_of_replicas(simulation, seconds)) if simulation.num_replicas > 1 else (),
     )
+
+
+def _of_replicas(simulation: Simulation, seconds: float) -> Iterator[ReplicaSummary]:
+    busy: Sequence[float | None] = [None] * simulation.num_replicas
+    usage = busy
+    if simulation.steps and simulation.steps[0].replicas:
+        computed = np.array([[own.seconds for own in step.replicas] for step in simulation.steps])
+        used = np.array([[own.kv_cache_usage for own in step.replicas] for step in simulation.steps])
+        busy = (computed.sum(axis=0) / seconds).tolist()
+        usage = np.average(used, axis=0, weights=[step.seconds for step in simulation.steps]).tolist()
+    for replica in range(simulation.num_replicas):
+        own = [record for record in simulation.requests if record.replica == replica]
+        yield ReplicaSummary(
+            num_requests=len(own),
+            output_tokens_per_second=sum(record.traced.output_len for record in own) / seconds,
+            ttft=Percentiles.of([record.ttft for record in own]),
+            tpot=Percentiles.of([record.tpot for record in own if record.tpot is not None]),
+            cache_hit_rate=_hit_rate(own),
+            num_preemptions=sum(record.num_preemptions for record in own),
+            device_busy=busy[replica],
+            kv_cache_usage=usage[replica],
+        )
+
+
+def _hit_rate(requests: Sequence[RequestRecord]) -> float:
+    prompt_tokens = sum(record.traced.num_prompt_tokens for record in requests)
+    return sum(record.num_cached_tokens for record in requests) / max(prompt_tokens, 1)
 
 
 def _meets_objectives(record: RequestRecord, ttft: float, tpot: float) -> bool:

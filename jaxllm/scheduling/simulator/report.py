@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 _TIMELINE_BINS = 150
 
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -79,10 +81,8 @@ def write_pictures(directory: Path, pictures: Sequence[Picture]) -> None:
         (directory / f"{picture.name}.png").write_bytes(picture.png)
 
 
-def write_html(
-    path: Path, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], pictures: Sequence[Picture]
-) -> None:
-    """Writes the table and the pictures as one file."""
+def write_html(path: Path, title: str, tables: Sequence[Table], pictures: Sequence[Picture]) -> None:
+    """Writes tables, each its columns and rows, and pictures as one file."""
 
     def cells(tag: str, values: Sequence[str]) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(value)}</{tag}>" for value in values) + "</tr>\n"
@@ -94,10 +94,13 @@ def write_html(
         for picture in pictures
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    table = cells("th", columns) + "".join(cells("td", row) for row in rows)
+    body = "".join(
+        "<table>\n" + cells("th", columns) + "".join(cells("td", row) for row in rows) + "</table>\n"
+        for columns, rows in tables
+    )
     path.write_text(
         f"<!doctype html>\n<html lang=en><meta charset=utf-8><title>{html.escape(title)}</title>\n"
-        f"<style>{_STYLE}</style>\n<h1>{html.escape(title)}</h1>\n<table>\n{table}</table>\n{figures}</html>\n"
+        f"<style>{_STYLE}</style>\n<h1>{html.escape(title)}</h1>\n{body}{figures}</html>\n"
     )
 
 
@@ -199,8 +202,9 @@ def _timeline(outcome: Outcome) -> Figure:
     def total(of: Callable[[StepRecord], float]) -> np.ndarray:
         return np.bincount(place, [of(step) for step in steps], _TIMELINE_BINS)
 
-    figure, axes = _panels(3, 1, 6.0)
-    tokens, requests, cache = axes[:, 0]
+    num_replicas = outcome.simulation.num_replicas
+    figure, axes = _panels(4, 1, 8.0) if num_replicas > 1 else _panels(3, 1, 6.0)
+    tokens, requests, cache, *more = axes[:, 0]
     width = edges[1] - edges[0]
     computed = [total(lambda s: s.num_output_tokens) / width, total(lambda s: s.num_prompt_tokens) / width]
     tokens.stackplot(edges[:-1], computed, labels=["output", "prompt"], step="post", alpha=0.8)
@@ -215,5 +219,12 @@ def _timeline(outcome: Outcome) -> Figure:
     cache.plot(start[lost], np.full(int(lost.sum()), 101.0), "|", color="tab:red")
     cache.set_ylim(0, 105)
     cache.set_ylabel("KV cache, %")
-    cache.set_xlabel("s")
+    axes[-1, 0].set_xlabel("s")
+    if more and steps and steps[0].replicas:
+        for replica in range(num_replicas):
+            running = [step.replicas[replica].num_running for step in steps]
+            more[0].plot(start, running, linewidth=0.8, label=f"replica {replica}")
+        more[0].set_ylabel("running, by replica")
+        if num_replicas <= 8:
+            more[0].legend(fontsize=8, loc="upper right", ncols=4)
     return figure

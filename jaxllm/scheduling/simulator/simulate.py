@@ -13,7 +13,7 @@ from jaxllm.request import Request
 from jaxllm.sampling_params import SamplingParams
 from jaxllm.scheduling.plan import Plan, StepResult
 from jaxllm.scheduling.policy import SchedulingPolicy
-from jaxllm.scheduling.replicas import ReplicatedScheduler, make_scheduler
+from jaxllm.scheduling.replicas import ReplicatedScheduler, make_scheduler, place_of
 from jaxllm.scheduling.scheduler import Scheduler
 from jaxllm.scheduling.simulator.costs import CostModel
 from jaxllm.scheduling.simulator.trace import TracedRequest
@@ -26,6 +26,7 @@ class RequestRecord(NamedTuple):
         first_scheduled_time: when a step first held it.
         token_times: when its first and its last token were known.
         num_cached_tokens: prompt tokens found in the prefix cache.
+        replica: that served it.
     """
 
     traced: TracedRequest
@@ -33,6 +34,7 @@ class RequestRecord(NamedTuple):
     token_times: tuple[float, float]
     num_cached_tokens: int
     num_preemptions: int
+    replica: int = 0
 
     @property
     def ttft(self) -> float:
@@ -51,6 +53,19 @@ class RequestRecord(NamedTuple):
         return self.token_times[1] - self.traced.arrival_time
 
 
+class ReplicaStep(NamedTuple):
+    """What a replica had of a step.
+
+    Attributes:
+        seconds: that it computed; then it waited for the slowest one.
+        num_running, kv_cache_usage: as in `StepRecord`.
+    """
+
+    seconds: float
+    num_running: int
+    kv_cache_usage: float
+
+
 class StepRecord(NamedTuple):
     """A step that the device ran.
 
@@ -59,6 +74,7 @@ class StepRecord(NamedTuple):
         num_running, num_waiting: requests, when it was planned.
         kv_cache_usage: fraction of the pages in use, when it was planned.
         num_preemptions: so far.
+        replicas: where there are several; what stands above is then of all of them.
     """
 
     start: float
@@ -69,6 +85,7 @@ class StepRecord(NamedTuple):
     num_waiting: int
     kv_cache_usage: float
     num_preemptions: int
+    replicas: tuple[ReplicaStep, ...] = ()
 
 
 @dataclass(slots=True)
@@ -81,6 +98,7 @@ class Simulation:
         steps: in order.
         seconds: when the last token was there.
         num_preemptions: times that a request lost its pages.
+        num_replicas: among which the requests were shared out.
     """
 
     requests: list[RequestRecord] = field(default_factory=list)
@@ -88,6 +106,7 @@ class Simulation:
     steps: list[StepRecord] = field(default_factory=list)
     seconds: float = 0.0
     num_preemptions: int = 0
+    num_replicas: int = 1
 
 
 def simulate(
@@ -113,10 +132,11 @@ def simulate(
         host_seconds: time between two steps in which the device waits for the host.
     """
     scheduler = make_scheduler(config, policy)
-    simulation = Simulation()
+    simulation = Simulation(num_replicas=config.data_parallel_size)
     arrivals = iter(trace)
     next_arrival = next(arrivals, None)
     traced: dict[str, TracedRequest] = {}
+    places: dict[str, int] = {}
     max_in_flight = config.num_stages + 1 if max_in_flight is None else max_in_flight
     in_flight: deque[tuple[Plan, _Steps]] = deque()
     now = device_free = 0.0
@@ -128,18 +148,20 @@ def simulate(
             try:
                 scheduler.add(request)
                 traced[request.request_id] = next_arrival
+                places[request.request_id] = place_of(scheduler, request)
             except InvalidRequestError as error:
                 simulation.refused.append((next_arrival, str(error)))
             next_arrival = next(arrivals, None)
         while len(in_flight) < max_in_flight and (plan := scheduler.schedule()) is not None:
             start = max(now, device_free)
             # Replicas wait for the one that has most to do.
-            seconds = max(cost.seconds(part) for part in plan.of_replicas if part) + host_seconds
+            computing = [cost.seconds(part) if part else 0.0 for part in plan.of_replicas]
+            seconds = max(computing) + host_seconds
             device_free = start + seconds
             in_flight.append((plan, _Steps(seconds)))
             for _, steps in in_flight:
                 steps.ends.append(device_free)
-            simulation.steps.append(_record_step(plan, now, start, seconds, scheduler))
+            simulation.steps.append(_record_step(plan, now, start, seconds, computing, scheduler))
         if in_flight:
             plan, oldest = in_flight.popleft()
             while len(oldest.ends) < config.num_stages:
@@ -153,7 +175,8 @@ def simulate(
                 if request.first_token_time is None:
                     request.first_token_time = now
                 if request.status.is_finished:
-                    record = _record_request(traced.pop(request.request_id), request, now)
+                    name = request.request_id
+                    record = _record_request(traced.pop(name), places.pop(name), request, now)
                     simulation.requests.append(record)
         elif next_arrival is not None:
             now = max(now, next_arrival.arrival_time)
@@ -196,7 +219,7 @@ def _as_request(request_id: str, traced: TracedRequest) -> Request:
     )
 
 
-def _record_request(traced: TracedRequest, request: Request, now: float) -> RequestRecord:
+def _record_request(traced: TracedRequest, replica: int, request: Request, now: float) -> RequestRecord:
     assert request.first_token_time is not None and request.first_scheduled_time is not None
     return RequestRecord(
         traced,
@@ -204,12 +227,24 @@ def _record_request(traced: TracedRequest, request: Request, now: float) -> Requ
         (request.first_token_time, now),
         request.num_cached_tokens,
         request.num_preemptions,
+        replica,
     )
 
 
 def _record_step(
-    plan: Plan, now: float, start: float, seconds: float, scheduler: Scheduler | ReplicatedScheduler
+    plan: Plan,
+    now: float,
+    start: float,
+    seconds: float,
+    computing: list[float],
+    scheduler: Scheduler | ReplicatedScheduler,
 ) -> StepRecord:
+    replicas: tuple[ReplicaStep, ...] = ()
+    if isinstance(scheduler, ReplicatedScheduler):
+        replicas = tuple(
+            ReplicaStep(own, replica.num_running, replica.kv_cache_usage)
+            for own, replica in zip(computing, scheduler.replicas, strict=True)
+        )
     num_prompt_tokens = 0
     for request, first, num_tokens, _ in plan.scheduled:
         if request.first_scheduled_time is None:
@@ -227,4 +262,5 @@ def _record_step(
         scheduler.num_waiting,
         scheduler.kv_cache_usage,
         scheduler.num_preemptions,
+        replicas,
     )

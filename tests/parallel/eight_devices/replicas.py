@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from jaxllm import LLM, SamplingParams
-from jaxllm.errors import ConfigError, UnsupportedError
+from jaxllm.errors import ConfigError
 from jaxllm.execution.abstract import (
     abstract_cache,
     abstract_parameters,
@@ -33,7 +33,9 @@ from jaxllm.layers.expert_exchange import block_size, exchange
 from jaxllm.models.config import ModelConfig, MoEConfig
 from jaxllm.models.decoder import Decoder, DecoderForm
 from jaxllm.models.families import translate_config
-from jaxllm.scheduling import ReplicatedScheduler
+from jaxllm.scheduling import Plan, ReplicatedScheduler, load_policy
+from jaxllm.scheduling.recording.schedule import Schedule, read_schedule
+from jaxllm.scheduling.simulator import simulate
 from sharding import make_mesh, on_shards
 from tests.layers.test_moe import HIDDEN, expected, make_layer
 from tests.parallel.eight_devices import collectives
@@ -240,11 +242,36 @@ def draw(llm: LLM) -> list[list[list[int]]]:
     return [[list(one.token_ids) for one in output.outputs] for output in outputs]
 
 
+def check_recorded(read: Schedule, count: int) -> None:
+    """The first `count` requests, which were there before the first step, and the plans for them."""
+    recorded = [
+        sorted((row.request.number, *row[1:]) for row in rows if row.request.replica == replica)
+        for rows in (list(read.rows(step)) for step in range(len(read.steps)))
+        for replica in range(2)
+    ]
+    recorded = [rows for rows in recorded if rows and rows[0][0] < count]
+    plans: list[list[tuple[int, int, int, bool]]] = []
+
+    class Plans:
+        def seconds(self, plan: Plan) -> float:
+            plans.append(sorted((int(e.request.request_id), *e[1:]) for e in plan.scheduled))
+            return 1.0
+
+    traced = [read.trace()[number] for number in range(count)]
+    at_once = [type(t)(0.0, t.segments, t.output_len, t.terms, t.output_name) for t in traced]
+    simulate(at_once, read.config, Plans(), load_policy("fcfs"), max_in_flight=read.header["max_in_flight"])
+    assert plans == recorded
+
+
 def test_two_replicas_of_one_device(tmp_path: Path) -> None:
-    """With a step that only decodes, too."""
+    """With a step that only decodes, too; and its record, simulated, gives the plans that it made."""
     directory, oracle = load(tmp_path, "llama")
-    llm = make_llm(directory, 1, data_parallel_size=2)
+    schedule = tmp_path / "schedule.gz"
+    llm = make_llm(directory, 1, data_parallel_size=2, record_schedule=schedule)
     try:
+        prompts = [{"prompt_token_ids": [n, *range(1, 4 * n)]} for n in (5, 2, 4, 4, 3, 5, 2, 4)]
+        params = SamplingParams(temperature=0, max_tokens=OUTPUT, ignore_eos=True, detokenize=False)
+        llm.generate(prompts, params, use_tqdm=False)
         serve(llm, oracle, LENGTHS)
         stats = llm.llm_engine.stats()
         assert stats.num_preemptions > 0 and stats.prefix_cache_hits > 0
@@ -257,13 +284,13 @@ def test_two_replicas_of_one_device(tmp_path: Path) -> None:
         llm.sleep(level=1)
         llm.wake_up()
         prompt = np.random.default_rng(2).integers(601, size=13).tolist()
-        params = SamplingParams(temperature=0, max_tokens=OUTPUT, ignore_eos=True, detokenize=False)
         for _ in range(2):
             [output] = llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
             assert list(output.outputs[0].token_ids) == oracle.greedy(prompt, OUTPUT)
         tokens = draw(llm)
     finally:
         llm.shutdown()
+    check_recorded(read_schedule(schedule), len(prompts))
     llm = make_llm(directory, 1)
     try:
         assert draw(llm) == tokens
@@ -327,5 +354,3 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
         make_llm(directory, 2, data_parallel_size=2, enable_expert_parallel=True)
     with pytest.raises(ConfigError, match=r"data_parallel_size=5, .*: a mesh of data=5 .* needs 10 devices"):
         make_llm(directory, 2, data_parallel_size=5)
-    with pytest.raises(UnsupportedError, match="record_schedule with data_parallel_size=2"):
-        make_llm(directory, 1, data_parallel_size=2, record_schedule=str(tmp_path / "schedule"))
