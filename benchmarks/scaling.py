@@ -256,6 +256,19 @@ def draw(all_points: list[Point], title: str, path: Path) -> None:
     pyplot.close(picture)
 
 
+def meshes_of(model: ModelConfig, options: argparse.Namespace) -> list[tuple[int, int]]:
+    """(data, tensor) of every mesh that is counted; replicas, where there are several, share the experts."""
+    meshes = [(1, tensor) for tensor in options.tensor]
+    if model.moe is not None:
+        tensor = options.replica_tensor
+        meshes += [
+            (chips // tensor, tensor)
+            for chips in options.experts_over
+            if chips > tensor and chips % tensor == 0 and model.moe.num_experts % chips == 0
+        ]
+    return meshes
+
+
 def _sizes(text: str) -> list[int]:
     return sorted({int(size) for size in text.split(",")})
 
@@ -277,7 +290,7 @@ def main(arguments: list[str] | None = None) -> None:
         type=_sizes,
         default=[2, 4, 8, 16, 32, 64, 128, 256],
         metavar="N,N,...",
-        help="devices of replicas that share the experts, of those that these divide among",
+        help="devices of all replicas that share the experts; only numbers that divide these are counted",
     )
     parser.add_argument(
         "--replica-tensor", type=int, default=1, metavar="N", help="devices of such a replica"
@@ -285,21 +298,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--chips", type=int, default=256, help="of the largest mesh")
     add_output_arguments(parser)
     options = parser.parse_args(arguments)
-    # Before JAX starts: it simulates as many devices as this says.
+    os.environ["JAX_PLATFORMS"] = "cpu"
     from jaxllm.models.families import translate_config
 
     model = translate_config(SHAPES[options.shape])
-    meshes = [(1, n) for n in options.tensor]
-    if model.moe is not None:
-        fitting_experts = [n for n in options.experts_over if model.moe.num_experts % n == 0]
-        meshes += [
-            (n // options.replica_tensor, options.replica_tensor)
-            for n in fitting_experts
-            if n % options.replica_tensor == 0 and n > options.replica_tensor
-        ]
+    meshes = meshes_of(model, options)
+    # Before JAX asks for devices: it simulates as many as this says.
     flag = f"--xla_force_host_platform_device_count={max(data * tensor for data, tensor in meshes)}"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
-    os.environ["JAX_PLATFORMS"] = "cpu"
     counts = [count(model, kind, *mesh, options) for kind in ("decode", "prefill") for mesh in meshes]
     print_counts(
         counts, f"{options.shape}, {options.dtype}: a step, per device, counted in the compiled module"

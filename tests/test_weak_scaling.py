@@ -45,9 +45,9 @@ def test_a_step_by_hand() -> None:
 
 
 def test_what_fits() -> None:
-    assert fitting(COUNTS, H200, LINKS) == [2, 4, 8]  # as many as a switch joins
+    assert fitting(COUNTS, H200, LINKS) == [(1, 2), (1, 4), (1, 8)]  # as many as a switch joins
     copied = [replace(one, kv_bytes=one.tensor * 10**10) for one in COUNTS]
-    assert fitting(copied, DEVICES["v5p"], INTERCONNECTS["v5e"]) == [4]
+    assert fitting(copied, DEVICES["v5p"], INTERCONNECTS["v5e"]) == [(1, 4)]
     with pytest.raises(ValueError, match="fits on no counted number of h200"):
         fitting([replace(one, kv_bytes=10**12) for one in COUNTS], H200, LINKS)
 
@@ -67,6 +67,23 @@ def test_meshes_up_to_256_chips(tmp_path: Path) -> None:
         assert (point.hand_on > 0) == (point.pipe > 1)
     draw(found, "", tmp_path / "out.png")
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_replicas_that_share_experts_by_hand() -> None:
+    """Eight replicas of two chips: their rows go to another switch, but for one in two."""
+    one = replace(COUNTS[1], data=8, expert_flops=10**14, all_to_alls=3 * 80, all_to_all_bytes=240 * 10**6)
+    assert one.compute_seconds(H200) == pytest.approx((one.product_flops + 10**14) / (989e12 * 0.6))
+    each = 10**6 / 0.8
+    assert one.all_to_all_seconds(LINKS) == pytest.approx(240 * (each / 2 / 50e9 + 10e-6))
+    found = list(points([*COUNTS[1:3], one], H200, LINKS, 16))
+    [shared] = [point for point in found if point.plan == "experts over data x tensor"]
+    assert (shared.data, shared.tensor, shared.chips) == (8, 2, 16)
+    assert shared.seconds == pytest.approx(
+        one.compute_seconds(H200) + one.all_reduce_seconds(LINKS) + one.all_to_all_seconds(LINKS)
+    )
+    assert shared.tokens_per_chip == pytest.approx(8 * one.num_tokens / shared.seconds / 16)
+    # A model that only shared experts can hold has no other plan.
+    assert {point.plan for point in points([one], H200, LINKS, 16)} == {shared.plan}
 
 
 def test_where_summing_takes_over() -> None:
