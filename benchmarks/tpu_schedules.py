@@ -4,16 +4,18 @@
 
 It needs libtpu (`pip install "jaxllm[compilers]"`) but no TPU, and none is measured: the kernel is compiled
 for each chip, and the bundles of its final schedule are counted, one cycle each. A block of keys in the
-middle of a long sequence takes the bundles that start the copies of the next block, once a page, those that
-lay the block's rows apart, once every 64 keys, and the stretch of the products, once. What else the loop over
-blocks holds begins and ends tiles and sequences, and is given apart. The copies take the block's bytes at the
-chip's bandwidth, and fly meanwhile: whichever is longer is how long a block takes. A bundle that waits for
-another unit takes longer than it is counted.
+middle of a long sequence takes the bundles that start the copies of the next block, those that lay the
+block's rows apart, so many keys at a time, and the stretch of the products, once; where all keys of a block
+are laid apart at once, that is a part of this stretch. What else the loop over blocks holds begins and ends
+tiles and sequences, and is given apart. The copies take the block's bytes at the chip's bandwidth, and fly
+meanwhile: whichever is longer is how long a block takes. A bundle that waits for another unit takes longer
+than it is counted.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import sys
@@ -77,7 +79,8 @@ class Schedule:
 
     Attributes:
         keys, block_bytes: of a block.
-        fetch, separate, products: cycles that compute it: starting copies, laying rows apart, and the rest.
+        fetch, separate, products: cycles that compute it: starting copies, laying rows apart (0 where that is
+            among the products), and the rest.
         control: bundles that begin and end tiles and sequences, all of them together.
         copy: cycles that its bytes take from HBM.
         spills: vector registers written to memory in a block, for want of room.
@@ -127,8 +130,13 @@ def read_bundles(bundles: str, utilization: str) -> list[Bundle]:
     ]
 
 
-def cycles_of_a_block(bundles: list[Bundle], pages: int, strips: int) -> dict[str, int]:
-    """Cycles by kind (see `Schedule`), where a block has so many pages and strips of keys laid apart."""
+def cycles_of_a_block(bundles: list[Bundle], pages: int, together: int, strips: int) -> dict[str, int]:
+    """Cycles by kind (see `Schedule`).
+
+    Args:
+        pages: of a block, whose copies are started so many `together`.
+        strips: of keys, which are laid apart one after the other.
+    """
     [*_, first] = (i for i, bundle in enumerate(bundles) if bundle.begins and bundle.depth == 1)
     # Branches, and the loops within, part what the loop itself holds into stretches.
     stretches: list[list[Bundle]] = [[]]
@@ -143,14 +151,18 @@ def cycles_of_a_block(bundles: list[Bundle], pages: int, strips: int) -> dict[st
         if bundle.depth != 1 and stretches[-1]:
             stretches.append([])
     products = max(stretches, key=lambda stretch: sum(bundle.slots["MXU"] for bundle in stretch))
-    [fetch] = (loop for loop in inner if any(bundle.copies for bundle in loop))
-    separate = max(inner, key=lambda loop: sum(bundle.slots["VALU"] for bundle in loop))
+    # Of a block that is not whole they are started one by one, in a loop of their own.
+    fetch = max((*stretches, *inner), key=lambda part: sum(bundle.copies for bundle in part))
+    separate: list[Bundle] = []
+    if strips > 1:
+        separate = max(inner, key=lambda loop: sum(bundle.slots["VALU"] for bundle in loop))
+    begins_and_ends = [part for part in stretches if part is not products and part is not fetch]
     spills = [sum(bundle.slots["VSTORE:SPILL"] for bundle in part) for part in (products, separate)]
     return {
-        "fetch": pages * len(fetch),
+        "fetch": pages // together * len(fetch),
         "separate": strips * len(separate),
         "products": len(products),
-        "control": sum(map(len, stretches)) - len(products),
+        "control": sum(map(len, begins_and_ends)),
         "spills": spills[0] + strips * spills[1],
     }
 
@@ -197,7 +209,8 @@ def compile_decodes(chip: Chip, layer: Any) -> tuple[Any, Any]:
 def schedules(dump: Path) -> Iterator[Schedule]:
     """Compiles the kernel for every chip and layer, and counts what libtpu writes to the folder."""
     from pallas_kernels.ragged_paged_attention.shapes import LAYERS as SHAPES
-    from pallas_kernels.ragged_paged_attention.tpu_flash import SEPARATED
+    from pallas_kernels.ragged_paged_attention.tpu_flash import keys_separated
+    from pallas_kernels.ragged_paged_attention.tpu_kernel import FETCHED
 
     for chip_name, chip in CHIPS.items():
         for name in LAYERS:
@@ -210,7 +223,9 @@ def schedules(dump: Path) -> Iterator[Schedule]:
                 return path.read_text()
 
             bundles = read_bundles(of("final_bundles"), of("final_hlo-static-per-bundle-utilization"))
-            cycles = cycles_of_a_block(bundles, tiling.keys // PAGE_SIZE, -(-tiling.keys // SEPARATED))
+            pages = tiling.keys // PAGE_SIZE
+            strips = tiling.keys // keys_separated(2 * SHAPES[name].kv_heads, tiling.keys)
+            cycles = cycles_of_a_block(bundles, pages, math.gcd(pages, FETCHED), strips)
             block_bytes = tiling.keys * SHAPES[name].kv_bytes_per_token(2)
             cost = compiled.cost_analysis() or {}
             yield Schedule(

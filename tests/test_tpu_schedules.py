@@ -45,8 +45,12 @@ def test_loops_are_told_apart_and_counted_as_often_as_they_turn() -> None:
     bundles = read_bundles(BUNDLES, utilization())
     assert [bundle.depth for bundle in bundles] == [0, 1, 1, 2, 2, 1, 2, 2, 2, 1, 1, 0, 1, 0]
     # Two bundles a page, three a strip, two of products; before, between and after them three more.
-    assert cycles_of_a_block(bundles, pages=8, strips=4) == {
+    assert cycles_of_a_block(bundles, pages=8, together=1, strips=4) == {
         "fetch": 16, "separate": 12, "products": 2, "control": 3, "spills": 1 + 4,
+    }  # fmt: skip
+    # Four pages to two bundles; and nothing that is laid apart by itself.
+    assert cycles_of_a_block(bundles, pages=8, together=4, strips=1) == {
+        "fetch": 4, "separate": 0, "products": 2, "control": 3, "spills": 1,
     }  # fmt: skip
 
 

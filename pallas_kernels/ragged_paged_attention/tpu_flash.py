@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ RING = 2
 LANES = 128
 # What is transposed at once: more does not fit in registers.
 SEPARATED = 64  # keys
-STRIP = 16  # queries
+STRIP = 16  # queries, or keys
 # Finite, so that a row that has seen nothing yet gives exp(MASKED - MASKED) and not NaN.
 MASKED = -(2.0**127)
 
@@ -163,8 +163,8 @@ class FlashTile:
 
     def attend(self, item: Item, tile: Tile, slot: jax.Array, height: int) -> None:
         """One item: logits, mask, running maximum and sum, and the weighted values."""
-        self._clean_block(item, tile, slot)
         self._separate_rows(slot)
+        self._clean_values(item, tile)
         kv_heads = self.heads // self.group
         # Heads of few rows are taken together: what is done to a row costs as much as to eight.
         together = kv_heads if height == 1 else 1
@@ -221,18 +221,24 @@ class FlashTile:
         )
         scratch.acc[own] = _lanes(decay, partial.shape[1]) * scratch.acc[own] + partial
 
-    def _clean_block(self, item: Item, tile: Tile, slot: jax.Array) -> None:
-        """Zeroes what no query sees: it may be anything, and zero times NaN is NaN."""
-        keys = self.work.tiling.keys
+    def _clean_values(self, item: Item, tile: Tile) -> None:
+        """Zeroes values that no query sees: they may be anything, and zero times NaN is NaN."""
+        keys, separate = self.work.tiling.keys, self.scratch.separate
         begin = jnp.clip(tile.key_begin - item.block * keys, 0, keys)
         end = jnp.clip(tile.key_end - item.block * keys, 0, keys)
-        blocks = self.scratch.kv_blocks
+        strip = next(size for size in (STRIP, keys) if keys % size == 0)
+        rows = {self._rows_of(head)[1] for head in range(self.heads // self.group)}
 
         def clean(index: jax.Array, _: None) -> None:
-            blocks[slot, index] = jnp.zeros(blocks.shape[2:], blocks.dtype)
+            first = pl.multiple_of(index * strip, strip)
+            key = first + lax.broadcasted_iota(jnp.int32, (strip, separate.shape[2]), 0)
+            is_seen = (key >= begin) & (key < end)
+            for row in sorted(rows):
+                values = separate[row, pl.ds(first, strip)].astype(jnp.float32)
+                separate[row, pl.ds(first, strip)] = jnp.where(is_seen, values, 0.0).astype(separate.dtype)
 
-        lax.fori_loop(0, begin, clean, None)
-        lax.fori_loop(end, keys, clean, None)
+        lax.fori_loop(0, pl.cdiv(begin, strip), clean, None)
+        lax.fori_loop(lax.div(end, strip), keys // strip, clean, None)
 
     def _separate_rows(self, slot: jax.Array) -> None:
         """[keys, rows, lanes] as it was fetched to [rows, keys, lanes], in steps that fit in registers.
@@ -241,9 +247,14 @@ class FlashTile:
         """
         scratch = self.scratch
         keys = self.work.tiling.keys
-        step = next(size for size in (SEPARATED, keys) if keys % size == 0)
+        step = keys_separated(scratch.separate.shape[0], keys)
 
-        def separate(index: jax.Array, _: None) -> None:
+        def from_words(index: jax.Array) -> None:
+            place = pl.ds(pl.multiple_of(index * step, step), step)
+            for row, values in enumerate(_by_word(scratch.kv_blocks.at[slot], index * step, step)):
+                scratch.separate[row, place] = values
+
+        def from_block(index: jax.Array) -> None:
             place = pl.ds(pl.multiple_of(index * step, step), step)
             rows = _by_row(scratch.kv_blocks[slot, place], scratch.separate.dtype)
             side_by_side, lanes = len(rows) // scratch.separate.shape[0], scratch.kv_blocks.shape[3]
@@ -253,6 +264,13 @@ class FlashTile:
                 else:
                     within = pl.ds(row % side_by_side * lanes, lanes)
                     scratch.separate[row // side_by_side, place, within] = values
+
+        def separate(index: jax.Array, _: None) -> None:
+            if not _stand_in_words(scratch):
+                from_block(index)
+            else:
+                # Interpreters know no other view of a ref than its own.
+                lax.platform_dependent(index, mosaic=from_words, default=from_block)
 
         lax.fori_loop(0, keys // step, separate, None)
 
@@ -332,6 +350,11 @@ class FlashTile:
             _in_strips(tile.num_queries, give)
 
 
+def keys_separated(rows: int, keys: int) -> int:
+    """Of a block of so many keys, each of so many rows: how many are laid apart at once."""
+    return next(size for size in (SEPARATED * max(1, 16 // rows), SEPARATED, keys) if keys % size == 0)
+
+
 def _sum_lanes(tiling: Tiling) -> int:
     """Partial sums of a row's weights: adding across lanes is dear, and is left to the end."""
     return LANES if tiling.keys % LANES == 0 else tiling.keys
@@ -353,16 +376,31 @@ def _in_strips(num_queries: jax.Array, do: Callable[[jax.Array | int, int], None
     lax.fori_loop(0, pl.cdiv(num_queries, STRIP), strip, None)
 
 
+def _stand_in_words(scratch: Scratch) -> bool:
+    """Whether rows stand as bfloat16 numbers without gaps, two in each 32-bit word, and are kept as such."""
+    (_, _, rows, lanes), dtype = scratch.kv_blocks.shape, scratch.kv_blocks.dtype
+    without_gaps = (rows in (2, 4) and lanes == LANES) or rows % 8 == 0
+    return (
+        without_gaps and scratch.separate.dtype == dtype == jnp.bfloat16 and rows == scratch.separate.shape[0]
+    )
+
+
+def _by_word(block: Any, first: jax.Array, keys: int) -> Iterator[jax.Array]:
+    """A block in VMEM, [keys, rows, lanes], to bfloat16[keys, lanes] of its keys from `first` on, row by row.
+
+    Two rows share the words of a token, which a load with a stride takes from one token after the other;
+    a bfloat16 is the upper half of the float32 that it stands for.
+    """
+    tokens, rows, lanes = block.shape
+    pairs = rows // 2
+    words = block.bitcast(jnp.uint32).reshape(tokens * pairs, lanes)
+    words = words.at[pl.ds(pl.multiple_of(first * pairs, keys * pairs), keys * pairs)]
+    for pair in range(pairs):
+        both = words[pl.ds(pair, keys, stride=pairs)]
+        for bits in (both << 16, both & jnp.uint32(0xFFFF0000)):
+            yield lax.bitcast_convert_type(bits, jnp.float32).astype(jnp.bfloat16)
+
+
 def _by_row(block: jax.Array, dtype: jnp.dtype) -> list[jax.Array]:
     """[keys, rows, lanes] to a [keys, lanes] of the given dtype for every row."""
-    keys, rows, lanes = block.shape
-    if dtype != jnp.bfloat16 or block.dtype != jnp.bfloat16 or rows % 16:
-        return list(jnp.swapaxes(block.astype(dtype), 0, 1))
-    # Two rows share a 32-bit word, and whole words are transposed at half the price; a bfloat16 is
-    # the upper half of the float32 that it stands for.
-    pairs = pltpu.bitcast(block.reshape(keys * rows, lanes), jnp.uint32).reshape(keys, rows // 2, lanes)
-    separate = []
-    for pair in jnp.swapaxes(pairs, 0, 1):
-        for bits in (pair << 16, pair & jnp.uint32(0xFFFF0000)):
-            separate.append(lax.bitcast_convert_type(bits, jnp.float32).astype(dtype))
-    return separate
+    return list(jnp.swapaxes(block.astype(dtype), 0, 1))

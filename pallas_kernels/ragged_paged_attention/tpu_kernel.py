@@ -36,6 +36,7 @@ Why it cannot race
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +49,8 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.ragged_paged_attention.options import AttentionOptions
 from pallas_kernels.ragged_paged_attention.tpu_flash import RING, FlashTile, Scratch
 from pallas_kernels.ragged_paged_attention.tpu_work import Item, Tile, Tiling, WorkList
+
+FETCHED = 8  # pages whose copies are started together
 
 
 def kernel(
@@ -213,7 +216,7 @@ class _Program:
             def _() -> None:
                 self._queries_copy(item, tile, slot).start()
 
-            def fetch_page(index: jax.Array, _: None) -> None:
+            def fetch_page(index: jax.Array, _: None = None) -> None:
                 place = pl.ds((index - first_of_block) * self.work.page_size, self.work.page_size)
                 pltpu.make_async_copy(
                     self._page(scratch.tables[table, 0, index]),
@@ -221,7 +224,19 @@ class _Program:
                     scratch.kv_arrived.at[slot],
                 ).start()
 
-            lax.fori_loop(begin, end, fetch_page, None)
+            def fetch_all() -> None:
+                pages = self.work.tiling.keys // self.work.page_size
+                together = math.gcd(pages, FETCHED)
+
+                def fetch_some(index: jax.Array, _: None) -> None:
+                    for page in range(together):
+                        fetch_page(first_of_block + index * together + page)
+
+                lax.fori_loop(0, pages // together, fetch_some, None)
+
+            # Of a whole block it is known how many pages there are, so that starting one waits for no other.
+            is_whole = end - begin == self.work.tiling.keys // self.work.page_size
+            lax.cond(is_whole, fetch_all, lambda: lax.fori_loop(begin, end, fetch_page, None))
 
         following = self.work.after(item)
         return following, jnp.where(following.seq == item.seq, table, 1 - table)

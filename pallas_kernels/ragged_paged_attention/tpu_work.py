@@ -33,10 +33,13 @@ class Tiling:
 
     @classmethod
     def choose(cls, q: jax.Array, kv_pages: jax.Array, page_table: jax.Array, decode_only: bool) -> Tiling:
-        """512 rows of queries per key-value head, and blocks of about 2 MiB of keys and values."""
+        """512 rows of queries per key-value head, and blocks of about 2 MiB of keys and values.
+
+        Of few heads so many keys would be in vain where sequences are short, and too many beside 512 rows.
+        """
         num_tokens, heads, _ = q.shape
         page_size, kv_heads = kv_pages.shape[2], kv_pages.shape[3] // 2
-        pages = max(1, 512 * 8 // max(kv_heads, 8) // page_size)
+        pages = max(1, 512 * 8 // max(kv_heads, 4 if decode_only else 8) // page_size)
         keys = min(pages, page_table.shape[1]) * page_size
         if decode_only:
             return cls(1, keys)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.ragged_paged_attention import tpu, tpu_flash
@@ -186,3 +187,33 @@ def test_a_query_of_a_tree_that_sees_nothing_gives_zero() -> None:
     tree_mask[batch.query_starts[2] :] = False
     batch = replace(batch, tree_mask=tree_mask)
     check(batch, shape, *run(batch, shape, SMALL))
+
+
+class InMemory:
+    """A ref with the views that the interpreter lacks: as on the chip, two rows of two-byte numbers share words."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
+        self.shape = array.shape
+        self.at = self
+
+    def bitcast(self, dtype: Any) -> InMemory:
+        assert dtype == jnp.uint32 and self.array.itemsize == 2
+        low, high = self.array[:, ::2].view(np.uint16), self.array[:, 1::2].view(np.uint16)
+        return InMemory(low.astype(np.uint32) | high.astype(np.uint32) << 16)
+
+    def reshape(self, *shape: int) -> InMemory:
+        return InMemory(self.array.reshape(shape))
+
+    def __getitem__(self, place: pl.Slice) -> Any:
+        part = self.array[place.start : place.start + place.size * place.stride : place.stride]
+        return InMemory(part) if place.stride == 1 else jnp.asarray(part)
+
+
+@pytest.mark.parametrize("rows", [4, 8, 16])
+def test_words_are_taken_apart_into_rows(rows: int) -> None:
+    block = np.random.default_rng(rows).standard_normal((32, rows, 128)).astype(jnp.bfloat16)
+    found = list(tpu_flash._by_word(InMemory(block), jnp.int32(8), 8))
+    assert len(found) == rows
+    for row, values in enumerate(found):
+        np.testing.assert_array_equal(np.asarray(values), block[8:16, row])
