@@ -209,8 +209,8 @@ def compile_decodes(chip: Chip, layer: Any) -> tuple[Any, Any]:
 def schedules(dump: Path) -> Iterator[Schedule]:
     """Compiles the kernel for every chip and layer, and counts what libtpu writes to the folder."""
     from pallas_kernels.ragged_paged_attention.shapes import LAYERS as SHAPES
-    from pallas_kernels.ragged_paged_attention.tpu_flash import keys_separated
     from pallas_kernels.ragged_paged_attention.tpu_kernel import FETCHED
+    from pallas_kernels.ragged_paged_attention.tpu_rows import keys_separated
 
     for chip_name, chip in CHIPS.items():
         for name in LAYERS:

@@ -23,7 +23,8 @@ from jax.experimental import pallas as pl
 from pallas_kernels.mla_ragged_paged_attention.rows import query_rows, token_rows
 from pallas_kernels.ragged_paged_attention.options import AttentionOptions
 from pallas_kernels.ragged_paged_attention.tpu import attend_rows
-from pallas_kernels.ragged_paged_attention.tpu_flash import LANES, STRIP
+from pallas_kernels.ragged_paged_attention.tpu_flash import STRIP
+from pallas_kernels.ragged_paged_attention.tpu_rows import LANES
 from pallas_kernels.ragged_paged_attention.tpu_work import Tiling
 
 __all__ = ["Tiling", "attend"]

@@ -1,6 +1,6 @@
 """The op on TPU: what surrounds the Pallas Mosaic kernel of `tpu_kernel`, which opens with how it works.
 
-`tpu_work` is the order of its work, `tpu_flash` its arithmetic.
+`tpu_work` is the order of its work, `tpu_flash` its arithmetic, on rows that `tpu_rows` lays apart.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.ragged_paged_attention.cache import to_cache_dtype, token_positions
 from pallas_kernels.ragged_paged_attention.options import AttentionOptions
-from pallas_kernels.ragged_paged_attention.tpu_flash import LANES, STRIP, scratch_shapes
+from pallas_kernels.ragged_paged_attention.tpu_flash import STRIP, scratch_shapes
 from pallas_kernels.ragged_paged_attention.tpu_kernel import kernel
+from pallas_kernels.ragged_paged_attention.tpu_rows import LANES
 from pallas_kernels.ragged_paged_attention.tpu_work import Tiling
 
 MAX_PAGES_PER_SEQ = 2**16

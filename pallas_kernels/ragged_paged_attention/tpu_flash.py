@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,14 +18,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.ragged_paged_attention import tpu_rows
 from pallas_kernels.ragged_paged_attention.options import AttentionOptions
+from pallas_kernels.ragged_paged_attention.tpu_rows import LANES
 from pallas_kernels.ragged_paged_attention.tpu_work import Item, Tile, Tiling, WorkList
 
 RING = 2
-LANES = 128
-# What is transposed at once: more does not fit in registers.
-SEPARATED = 64  # keys
-STRIP = 16  # queries, or keys
+# Queries that are transposed at once, as more do not fit in registers; and keys whose values are cleaned.
+STRIP = 16
 # Finite, so that a row that has seen nothing yet gives exp(MASKED - MASKED) and not NaN.
 MASKED = -(2.0**127)
 
@@ -247,16 +247,17 @@ class FlashTile:
         """
         scratch = self.scratch
         keys = self.work.tiling.keys
-        step = keys_separated(scratch.separate.shape[0], keys)
+        in_words = tpu_rows.stand_in_words(scratch.kv_blocks, scratch.separate)
+        step = tpu_rows.keys_separated(scratch.separate.shape[0] if in_words else 16, keys)
 
         def from_words(index: jax.Array) -> None:
             place = pl.ds(pl.multiple_of(index * step, step), step)
-            for row, values in enumerate(_by_word(scratch.kv_blocks.at[slot], index * step, step)):
+            for row, values in enumerate(tpu_rows.by_word(scratch.kv_blocks.at[slot], index * step, step)):
                 scratch.separate[row, place] = values
 
         def from_block(index: jax.Array) -> None:
             place = pl.ds(pl.multiple_of(index * step, step), step)
-            rows = _by_row(scratch.kv_blocks[slot, place], scratch.separate.dtype)
+            rows = tpu_rows.by_row(scratch.kv_blocks[slot, place], scratch.separate.dtype)
             side_by_side, lanes = len(rows) // scratch.separate.shape[0], scratch.kv_blocks.shape[3]
             for row, values in enumerate(rows):
                 if side_by_side == 1:
@@ -266,11 +267,11 @@ class FlashTile:
                     scratch.separate[row // side_by_side, place, within] = values
 
         def separate(index: jax.Array, _: None) -> None:
-            if not _stand_in_words(scratch):
-                from_block(index)
-            else:
+            if in_words:
                 # Interpreters know no other view of a ref than its own.
                 lax.platform_dependent(index, mosaic=from_words, default=from_block)
+            else:
+                from_block(index)
 
         lax.fori_loop(0, keys // step, separate, None)
 
@@ -350,11 +351,6 @@ class FlashTile:
             _in_strips(tile.num_queries, give)
 
 
-def keys_separated(rows: int, keys: int) -> int:
-    """Of a block of so many keys, each of so many rows: how many are laid apart at once."""
-    return next(size for size in (SEPARATED * max(1, 16 // rows), SEPARATED, keys) if keys % size == 0)
-
-
 def _sum_lanes(tiling: Tiling) -> int:
     """Partial sums of a row's weights: adding across lanes is dear, and is left to the end."""
     return LANES if tiling.keys % LANES == 0 else tiling.keys
@@ -374,33 +370,3 @@ def _in_strips(num_queries: jax.Array, do: Callable[[jax.Array | int, int], None
         do(pl.multiple_of(index * STRIP, STRIP), STRIP)
 
     lax.fori_loop(0, pl.cdiv(num_queries, STRIP), strip, None)
-
-
-def _stand_in_words(scratch: Scratch) -> bool:
-    """Whether rows stand as bfloat16 numbers without gaps, two in each 32-bit word, and are kept as such."""
-    (_, _, rows, lanes), dtype = scratch.kv_blocks.shape, scratch.kv_blocks.dtype
-    without_gaps = (rows in (2, 4) and lanes == LANES) or rows % 8 == 0
-    return (
-        without_gaps and scratch.separate.dtype == dtype == jnp.bfloat16 and rows == scratch.separate.shape[0]
-    )
-
-
-def _by_word(block: Any, first: jax.Array, keys: int) -> Iterator[jax.Array]:
-    """A block in VMEM, [keys, rows, lanes], to bfloat16[keys, lanes] of its keys from `first` on, row by row.
-
-    Two rows share the words of a token, which a load with a stride takes from one token after the other;
-    a bfloat16 is the upper half of the float32 that it stands for.
-    """
-    tokens, rows, lanes = block.shape
-    pairs = rows // 2
-    words = block.bitcast(jnp.uint32).reshape(tokens * pairs, lanes)
-    words = words.at[pl.ds(pl.multiple_of(first * pairs, keys * pairs), keys * pairs)]
-    for pair in range(pairs):
-        both = words[pl.ds(pair, keys, stride=pairs)]
-        for bits in (both << 16, both & jnp.uint32(0xFFFF0000)):
-            yield lax.bitcast_convert_type(bits, jnp.float32).astype(jnp.bfloat16)
-
-
-def _by_row(block: jax.Array, dtype: jnp.dtype) -> list[jax.Array]:
-    """[keys, rows, lanes] to a [keys, lanes] of the given dtype for every row."""
-    return list(jnp.swapaxes(block.astype(dtype), 0, 1))

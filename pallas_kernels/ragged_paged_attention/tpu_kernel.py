@@ -24,7 +24,7 @@ What lives where (bytes for bfloat16, 8 key-value heads, 32 query heads, head_di
             running maximum and sum [heads * queries, 128] float32              2 MiB each
             running output [heads * queries, head_dim] float32                  2 MiB
             the tile's output [queries, heads, head_dim]                        1 MiB
-    vregs   what is being transposed: 64 keys or 16 queries at a time; logits of one key-value head.
+    vregs   what is being laid apart: 64 keys of 16 rows or 16 queries at a time; logits of a key-value head.
 
 Why it cannot race
     All cache writes have landed before the first page is read, so it does not matter who shares which

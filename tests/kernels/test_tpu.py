@@ -14,7 +14,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.ragged_paged_attention import tpu, tpu_flash
+from pallas_kernels.ragged_paged_attention import tpu, tpu_flash, tpu_rows
 from pallas_kernels.ragged_paged_attention.tpu_work import Tiling
 from tests.kernels.oracle import check
 from tests.kernels.ragged_batches import Batch, Shape, options_of, random_batch
@@ -190,7 +190,7 @@ def test_a_query_of_a_tree_that_sees_nothing_gives_zero() -> None:
 
 
 class InMemory:
-    """A ref with the views that the interpreter lacks: as on the chip, two rows of two-byte numbers share words."""
+    """A ref with the views that interpreters lack; as on the chip, two rows share words of 32 bits."""
 
     def __init__(self, array: np.ndarray) -> None:
         self.array = array
@@ -213,7 +213,7 @@ class InMemory:
 @pytest.mark.parametrize("rows", [4, 8, 16])
 def test_words_are_taken_apart_into_rows(rows: int) -> None:
     block = np.random.default_rng(rows).standard_normal((32, rows, 128)).astype(jnp.bfloat16)
-    found = list(tpu_flash._by_word(InMemory(block), jnp.int32(8), 8))
+    found = list(tpu_rows.by_word(InMemory(block), jnp.int32(8), 8))
     assert len(found) == rows
     for row, values in enumerate(found):
         np.testing.assert_array_equal(np.asarray(values), block[8:16, row])
