@@ -22,8 +22,8 @@ part() {
 }
 
 : >"$out/status.txt"
-part 130 kernels "$python" -m benchmarks.kernels \
-    --layer qwen3-8b llama-3.1-8b gpt-oss-20b \
+part 155 kernels "$python" -m benchmarks.kernels \
+    --layer qwen3-8b llama-3.1-8b gpt-oss-20b deepseek-v3 'deepseek-v3 tp8' \
     --work 'decode 1 x 128k' 'decode 64 x 8k' 'prefill 8k' 'mixed 64 x 2k and 1984' \
     --json "$out/kernels.json" --plot "$out/roofline.png"
 part 170 engine "$python" -m benchmarks.throughput --shape qwen3-8b --dtype bfloat16 \

@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.kernels import Setting, backends_here, layers_that_fit, seconds_of
+from benchmarks.attention import LAYERS, Passes, Setting, Shape, backends_here, layers_that_fit
 from benchmarks.report import add_output_arguments, print_table, write_json
-from pallas_kernels.ragged_paged_attention import BACKENDS, Backend, tpu_work, tuned, xla
-from pallas_kernels.ragged_paged_attention.shapes import LAYERS, WORKS, LayerShape
+from pallas_kernels.mla_ragged_paged_attention.shapes import LatentShape
+from pallas_kernels.mla_ragged_paged_attention.tuned import shape_key as latent_shape_key
+from pallas_kernels.ragged_paged_attention import BACKENDS, tpu_work, tuned, xla
+from pallas_kernels.ragged_paged_attention.shapes import WORKS, LayerShape
 
 DECODES = ("decode 1 x 32k", "decode 8 x 8k", "decode 64 x 1k", "decode 64 x 8k", "decode 256 x 1k")
 MIXED = ("prefill 512", "prefill 2k", "prefill 16 x 512", "mixed 64 x 2k and 1984")
@@ -48,7 +51,7 @@ class Choice:
     tiling: Any
 
 
-def candidates(backend: Backend, layer: LayerShape, page_size: int, *, decode_only: bool) -> Iterator[Any]:
+def candidates(backend: str, layer: Shape, page_size: int, *, decode_only: bool) -> Iterator[Any]:
     """Tilings that may be worth trying; some may be refused by the compiler."""
     if backend == "xla" and decode_only:
         for block, most in itertools.product((32, 64, 128, 256), (8, 16, 32, 64)):
@@ -62,10 +65,12 @@ def candidates(backend: Backend, layer: LayerShape, page_size: int, *, decode_on
         keys = [k for k in (128, 256, 512, 1024, 2048, 4096) if k % page_size == 0]
         for queries, k in itertools.product((1,) if decode_only else (16, 32, 64, 128, 256), keys):
             yield tpu_work.Tiling(queries, k)
-    elif backend == "gpu":
+    elif backend == "gpu" and isinstance(layer, LayerShape):
         yield from _gpu_candidates(layer, decode_only)
-    elif backend == "triton":
+    elif backend == "triton" and isinstance(layer, LayerShape):
         yield from _triton_candidates(layer, decode_only)
+    elif backend == "triton":
+        yield from _latent_triton_candidates(decode_only)
 
 
 def _gpu_candidates(layer: LayerShape, decode_only: bool) -> Iterator[Any]:
@@ -98,7 +103,31 @@ def _triton_candidates(layer: LayerShape, decode_only: bool) -> Iterator[Any]:
             yield Tiling(short, Cut(long_rows, keys, warps=long_warps, stages=stages))
 
 
-def tune(backend: Backend, layer_name: str, works: list[str], options: argparse.Namespace) -> Choice | None:
+def _latent_triton_candidates(decode_only: bool) -> Iterator[Any]:
+    from pallas_kernels.ragged_paged_attention import triton
+    from pallas_kernels.ragged_paged_attention.triton import Cut, Tiling
+
+    for rows, keys, warps, stages, each in itertools.product((16, 32), (16, 32), (4, 8), (1, 2), (0, 4)):
+        splits = each * triton.NUM_SMS
+        short = Cut(rows, keys, splits, min(splits, 64) or 1, warps, stages)
+        yield Tiling(short, Cut(32, keys, warps=8, stages=stages) if decode_only else short)
+
+
+def seconds_of(passes: Passes, repeats: int, at_least: float) -> float:
+    """The median time of a pass, over repeats of so many that one repeat takes `at_least` seconds."""
+    passes(1)
+    start = time.perf_counter()
+    passes(1)
+    count = max(1, min(1000, round(at_least / max(time.perf_counter() - start, 1e-7))))
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        passes(count)
+        times.append((time.perf_counter() - start) / count)
+    return float(np.median(times))
+
+
+def tune(backend: str, layer_name: str, works: list[str], options: argparse.Namespace) -> Choice | None:
     """Times every candidate; None where no batch fits into memory."""
     layer, dtype = LAYERS[layer_name], jnp.dtype(options.dtype)
     decode_only = WORKS[works[0]].decode_only
@@ -111,18 +140,19 @@ def tune(backend: Backend, layer_name: str, works: list[str], options: argparse.
             tqdm.write(f"{layer_name}, {name}: left out, its cache does not fit")
             continue
         setting = Setting(layer, work, dtype, options.page_size, num_layers, options.seed)
-        key = tuned.shape_key(setting.q, setting.kv_pages, decode_only=decode_only)
+        key = key_of(setting)
+        setting.fill()
         tried = [None, *candidates(backend, layer, options.page_size, decode_only=decode_only)]
         times: list[float] = []
         for tiling in tqdm(tried, desc=f"{layer_name}, {name}", unit="tiling", leave=False):
             try:
-                seconds = seconds_of(setting.calls(backend, tiling), options.repeats, options.at_least)
+                seconds = seconds_of(setting.passes(backend, tiling), options.repeats, options.at_least)
             except Exception as error:  # the compiler says in many ways that something does not fit
                 tqdm.write(f"{tiling} cannot be had: {str(error).splitlines()[0][:100]}")
                 seconds = float("inf")
             times.append(seconds)
         # Once more, now that nothing runs for the first time any longer.
-        again = seconds_of(setting.calls(backend), options.repeats, options.at_least)
+        again = seconds_of(setting.passes(backend), options.repeats, options.at_least)
         default = times[0] = min(times[0], again)
         for tiling, seconds in zip(tried, times, strict=True):
             totals.setdefault(tiling, []).append(seconds / default)
@@ -133,6 +163,15 @@ def tune(backend: Backend, layer_name: str, works: list[str], options: argparse.
     if means[best] > 1 - options.margin:
         best = None
     return Choice(backend, key, len(means) - 1, means[best], best)
+
+
+def key_of(setting: Setting) -> str:
+    """What the op looks a tiling up by."""
+    decode_only, pages = setting.work.decode_only, setting.pages
+    if isinstance(setting.layer, LatentShape):
+        q_latent, q_rope, *_ = setting.new
+        return latent_shape_key(q_latent, q_rope, pages, decode_only=decode_only)
+    return tuned.shape_key(setting.new[0], pages, decode_only=decode_only)
 
 
 def write_table(path: Path, choices: list[Choice]) -> None:
@@ -163,11 +202,11 @@ def main(arguments: list[str] | None = None) -> None:
     add_output_arguments(parser, plot=False)
     options = parser.parse_args(arguments)
     options.dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    backend: Backend = options.backend or backends_here(jnp.dtype(options.dtype))[-1]
     out = options.out or tuned.table_path(jax.devices()[0].device_kind)
     works = options.work or [*DECODES, *MIXED]
     choices: list[Choice] = []
     for layer in options.layer or LAYERS:
+        backend = options.backend or backends_here(LAYERS[layer], jnp.dtype(options.dtype))[-1]
         for decode_only in (True, False):
             own = [name for name in works if WORKS[name].decode_only == decode_only]
             choice = tune(backend, layer, own, options) if own else None
@@ -175,10 +214,16 @@ def main(arguments: list[str] | None = None) -> None:
                 choices.append(choice)
                 write_table(out, choices)  # what was found so far outlives an interruption
     rows: list[list[object]] = [
-        [c.shape, c.num_candidates, f"{c.over_default:.2f}", "the default" if c.tiling is None else c.tiling]
+        [
+            c.backend,
+            c.shape,
+            c.num_candidates,
+            f"{c.over_default:.2f}",
+            "the default" if c.tiling is None else c.tiling,
+        ]
         for c in choices
     ]
-    print_table(f"{backend}, {out}", ["shape", "tried", "of the default's time", "best"], rows)
+    print_table(str(out), ["backend", "shape", "tried", "of the default's time", "best"], rows)
     write_json(options.json, choices)
 
 

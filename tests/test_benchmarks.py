@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -15,6 +17,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from benchmarks import (
+    attention,
+    attention_peers,
     checkpoint,
     compare,
     fidelity,
@@ -29,6 +33,7 @@ from benchmarks import (
     tune,
     vocabulary,
 )
+from benchmarks.attention import LAYERS
 from benchmarks.cost import ModelCost
 from benchmarks.workloads import STANDARD, Workload, parse_workload
 from jaxllm.demo import demo_model_path
@@ -37,7 +42,8 @@ from jaxllm.models.config import ModelConfig, MoEConfig
 from jaxllm.models.families import translate_config
 from jaxllm.scheduling.simulator import FittedCost, Shape
 from jaxllm.simulate import figures_of
-from pallas_kernels.ragged_paged_attention.shapes import LAYERS, WORKS, LayerShape, Work
+from pallas_kernels.mla_ragged_paged_attention.shapes import LatentShape
+from pallas_kernels.ragged_paged_attention.shapes import WORKS, LayerShape, Work
 from tests.engine_shapes import every_shape
 
 # Parameter counts that the models' cards state, in billions.
@@ -338,46 +344,75 @@ def small_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setitem(LAYERS, "small", LayerShape(4, 2, 8))
     monkeypatch.setitem(
-        LAYERS, "small, odd", LayerShape(4, 4, 8, window=5, sinks=True, alibi=True, spans=True)
+        LAYERS, "small, odd", LayerShape(4, 2, 8, window=5, sinks=True, alibi=True, spans=True)
     )
+    monkeypatch.setitem(LAYERS, "latent", LatentShape(4, 16, 8))
     monkeypatch.setitem(WORKS, "decode", Work(((20, 1),) * 3))
     monkeypatch.setitem(WORKS, "prefill", Work(((0, 33),) * 2))
+    monkeypatch.setitem(WORKS, "endless", Work(((2**40, 1),)))
     monkeypatch.setitem(WORKS, "mixed", Work(((7, 1), (16, 9))))
 
 
 def test_attention_is_timed(small_shapes: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, picture = tmp_path / "kernels.json", tmp_path / "roofline.png"
-    names = ["--layer", "small", "small, odd", "--work", "decode", "mixed", "decode 256 x 128k"]
-    quick = ["--repeats", "1", "--at-least", "0.0001"]
-    kernels.main([*names, *quick, "--backend", "xla", "dense", "--json", str(out), "--plot", str(picture)])
+    names = ["--layer", "small", "small, odd", "latent", "--work", "decode", "mixed", "endless"]
+    kernels.main([*names, "--budget", "0.001", "--json", str(out), "--plot", str(picture)])
     timings = json.loads(out.read_text())["timings"]
-    # Plain JAX has no ragged batches, and none of the options.
-    done = {(t["layer"], t["work"], t["implementation"]) for t in timings}
-    ours = {(layer, work, "xla") for layer in ("small", "small, odd") for work in ("decode", "mixed")}
-    assert done == ours | {("small", "decode", "dense")}
+    done = [(t["layer"], t["work"], t["implementation"]) for t in timings]
+    every = itertools.product(("small", "small, odd", "latent"), ("decode", "mixed"), ("xla", "dense"))
+    assert done == list(every)
     for timing in timings:
+        peers = {"dense"} if timing["implementation"] == "xla" else set()
+        assert timing["times_as_fast_as"].keys() == peers
         assert timing["seconds"] > 0
         assert timing["floor"] == max(timing["num_bytes"], timing["flops"]) / 1e9
     assert picture.stat().st_size > 1000
-    assert "decode 256 x 128k: left out" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "endless: left out, its cache of " in said
+    assert re.search(r"xla is slower than dense at \d of 6 shapes", said)
 
 
-def test_the_peers_of_the_attention_benchmark_compute_attention(small_shapes: None) -> None:
-    """With as many queries as keys, with fewer, and with one."""
-    for work in ("prefill", "decode"):
-        setting = kernels.Setting(LAYERS["small"], WORKS[work], np.dtype(np.float32), 16, 1, 0)
-        operands = setting.dense()
-        assert operands is not None
-        q, k, v = (np.asarray(x, np.float64) for x in operands)
-        k, v = (np.repeat(x, 2, axis=2) for x in (k, v))
-        logits = np.einsum("snhd,slhd->shnl", q, k) * 8**-0.5
-        num_queries, num_keys = logits.shape[2:]
-        logits[..., np.arange(num_keys) > np.arange(num_queries)[:, None] + num_keys - num_queries] = -np.inf
-        weights = np.exp(logits - logits.max(-1, keepdims=True))
-        expected = np.einsum("shnl,slhd->snhd", weights / weights.sum(-1, keepdims=True), v)
-        np.testing.assert_allclose(
-            np.asarray(kernels.plain_attention("xla")(*operands)), expected, rtol=1e-4, atol=1e-5
-        )
+@pytest.mark.parametrize("layer", ["small, odd", "latent"])
+def test_peers_of_the_attention_benchmark_compute_what_the_op_does(small_shapes: None, layer: str) -> None:
+    """Plain JAX on what was gathered, against the op on its pages: every option, lengths that differ."""
+    for work in ("decode", "mixed"):
+        setting = attention.Setting(LAYERS[layer], WORKS[work], np.dtype(np.float32), 16, 2, 0)
+        setting.fill()
+        operands = (*setting.new, setting.pages, 1, *map(jnp.asarray, setting.batch))
+        out, setting.pages = setting.op(*operands, **setting.options, backend="reference")
+        dense = [
+            attention_peers.plain_attention(part.q, *part.layers[1], setting.options)
+            for part in setting.dense()  # with the new tokens, which are in the pages by now
+        ]
+        # Sums of some dozens of products in another order.
+        flat = np.concatenate([np.asarray(x).reshape(-1, *out.shape[1:]) for x in dense])
+        np.testing.assert_allclose(flat, out, rtol=1e-4, atol=1e-5)
+
+
+def test_turns_of_close_and_of_distant_rivals() -> None:
+    """Two that are close have several turns, whatever they take; one that is far behind is not repeated."""
+    now, calls = [0.0], []
+
+    def take(budget: float, **seconds: float) -> dict[str, list[float]]:
+        def passes(name: str) -> attention.Passes:
+            def run(count: int) -> None:
+                calls.append((name, count))
+                now[0] += seconds[name] * count
+
+            return run
+
+        return kernels.take_turns({name: passes(name) for name in seconds}, budget, lambda: now[0])
+
+    times = take(0.01, a=0.004, b=0.005)
+    assert {name: len(own) for name, own in times.items()} == dict.fromkeys("ab", kernels.FEWEST_TURNS)
+    np.testing.assert_allclose(times["b"], 0.005)
+    assert kernels.compare(times["b"], times["a"]) == pytest.approx(1.25)
+    calls.clear()
+    times = take(0.02, a=0.0001, b=0.03)
+    assert len(times["b"]) == 1 < len(times["a"]) and calls.count(("b", 1)) == 1
+    # A turn of what is quick is of many passes.
+    assert ("a", 40) in calls
+    assert kernels.compare(times["b"], times["a"]) == pytest.approx(300)
 
 
 def test_tiles_are_tuned(small_shapes: None, tmp_path: Path) -> None:
@@ -409,7 +444,7 @@ def test_the_acceptance_of_a_gpu(
                     "machine": {"copy_bandwidth": 4e12, "matmul_flops": {"bfloat16": 8e14}},
                     "timings": [
                         {"layer": "qwen3-8b", "work": work, "implementation": name, "seconds": each}
-                        | {"num_bytes": 3.6e9, "flops": 7.2e11}
+                        | {"num_bytes": 3.6e9, "flops": 7.2e11, "times_as_fast_as": {"torch": 1.5e-3 / each}}
                         for work in ("decode 64 x 8k", "prefill 8k")
                         for name, each in (("gpu", seconds), ("torch", 1.5e-3))
                     ],

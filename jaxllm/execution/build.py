@@ -123,7 +123,7 @@ def build_runner(
 def _attention_backend(config: EngineConfig, model: ModelConfig, platform: Platform) -> Backend:
     """Which kernel attends, by what there is to attend to."""
     if model.mla is not None:
-        return choose_latent_backend(config.attention_backend, platform.name)
+        return choose_latent_backend(config.attention_backend, platform.name, model.mla, compute_capability())
     return choose_backend(config.attention_backend, platform.name, model.head_dim, compute_capability())
 
 

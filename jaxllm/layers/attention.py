@@ -86,7 +86,7 @@ def choose_backend(
             "(Python 3.12 or newer), or ask for xla.",
             param="attention_backend",
         )
-    if requested == "triton" and (missing := _missing_for_triton(head_dim, compute_capability)):
+    if requested == "triton" and (missing := missing_for_triton(compute_capability, head_dim)):
         raise ConfigError(f"attention_backend='triton' {missing}; or ask for xla.", param="attention_backend")
     logger.info("attention backend: %s (asked for)", requested)
     return cast(Backend, requested)
@@ -98,14 +98,14 @@ def _best_backend(platform: str, head_dim: int, compute_capability: float | None
         # The portable one would lay out the whole cache anew in every layer.
         return "tpu", "this is one; attention_backend='xla' is the portable one"
     if platform == "gpu" and compute_capability is not None and compute_capability < 9.0:
-        missing = _missing_for_triton(head_dim, compute_capability)
+        missing = missing_for_triton(compute_capability, head_dim)
         if missing is None:
             return "triton", f"this GPU is older than Hopper, its compute capability {compute_capability}"
         return "xla", f"the portable one; triton {missing}"
     return "xla", "the portable one; others run where they are asked for"
 
 
-def _missing_for_triton(head_dim: int, compute_capability: float | None) -> str | None:
+def missing_for_triton(compute_capability: float | None, head_dim: int = 0) -> str | None:
     """What keeps the triton backend from running on a GPU, as the end of a sentence; None is nothing."""
     if compute_capability is None or compute_capability < 8.0:
         found = "is of none" if compute_capability is None else f"has {compute_capability}"

@@ -16,13 +16,14 @@ from flax import nnx
 from jax import lax
 
 from jaxllm.errors import ConfigError
-from jaxllm.layers.attention import AttentionInputs, OneOfWindows
+from jaxllm.layers.attention import AttentionInputs, OneOfWindows, missing_for_triton
 from jaxllm.layers.linear import Linear, apply_weight, declare
 from jaxllm.layers.norm import Norm
 from jaxllm.layers.rope import rotate
 from jaxllm.models.config import MLAConfig, ModelConfig
 from pallas_kernels.mla_ragged_paged_attention import (
     BACKENDS,
+    TRITON_LIMITS,
     WITHOUT_KERNEL,
     Backend,
     mla_ragged_paged_attention,
@@ -35,31 +36,56 @@ logger = logging.getLogger(__name__)
 _NORM_EPS = 1e-6
 
 
-def choose_latent_backend(requested: str | None, platform: str) -> Backend:
+def choose_latent_backend(
+    requested: str | None, platform: str, mla: MLAConfig, compute_capability: float | None = None
+) -> Backend:
     """The backend of latent attention to run, logged with the reason.
+
+    Args:
+        compute_capability: of an NVIDIA GPU, 8.0 for the first of Ampere.
 
     Raises:
         ConfigError: an unknown backend was asked for, one for another platform, or one without a kernel.
     """
+    no_triton = _missing_for_triton(mla, compute_capability) if platform == "gpu" else None
     if requested is None:
-        chosen: Backend = "tpu" if platform == "tpu" else "xla"
-        reason = "this is one" if chosen == "tpu" else "the portable one; latent attention has no other here"
+        chosen: Backend = "xla"
+        reason = "the portable one; latent attention has no other here"
+        if platform == "tpu":
+            chosen, reason = "tpu", "this is one"
+        elif platform == "gpu":
+            chosen, reason = "triton", "latent attention's own on GPUs"
+            if no_triton is not None:
+                chosen, reason = "xla", f"the portable one; triton {no_triton}"
         logger.info("attention backend: %s (%s)", chosen, reason)
         return chosen
     problem = None
     if requested not in BACKENDS:
         why = WITHOUT_KERNEL.get(requested)
         problem = "latent attention" + (f" has no such kernel: {why}" if why else " has no such backend")
-    elif requested == "tpu" != platform:
-        problem = f"runs on a TPU, and this process on {platform}"
+    elif (needed := {"tpu": "tpu", "triton": "gpu"}.get(requested, platform)) != platform:
+        problem = f"runs on a {needed.upper()}, and this process on {platform}"
+    elif requested == "triton":
+        problem = no_triton
     if problem is not None:
         raise ConfigError(
             f"attention_backend={requested!r}: {problem}. Leave it out, or ask for one of "
-            f"{', '.join(name for name in BACKENDS if name != 'tpu' or platform == 'tpu')}.",
+            f"{', '.join(['reference', 'xla', *(['tpu'] if platform == 'tpu' else [])])}.",
             param="attention_backend",
         )
     logger.info("attention backend: %s (asked for)", requested)
     return cast(Backend, requested)
+
+
+def _missing_for_triton(mla: MLAConfig, compute_capability: float | None) -> str | None:
+    """What keeps the triton backend from running on a GPU, as the end of a sentence; None is nothing."""
+    most_rank, most_rope = TRITON_LIMITS
+    if mla.kv_lora_rank > most_rank or mla.rope_head_dim > most_rope:
+        return (
+            f"takes latents of up to {most_rank} and rotated keys of up to {most_rope}, and this model has "
+            f"{mla.kv_lora_rank} and {mla.rope_head_dim}"
+        )
+    return missing_for_triton(compute_capability)
 
 
 class HeadProducts(nnx.Module):

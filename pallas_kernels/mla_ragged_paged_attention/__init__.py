@@ -7,7 +7,8 @@ output, every head attends to the same rows: its key is (latent, rotated key), i
 batch, its pages and the writing of new tokens are as in the sibling.
 
 Backends: `reference` (dense and obviously right, the oracle), `xla` (the sibling's flash attention, whose
-cost follows the real lengths) and `tpu` (the sibling's Pallas Mosaic kernel).
+cost follows the real lengths), `tpu` (the sibling's Pallas Mosaic kernel) and `triton` (jax-triton, for GPUs
+from Ampere on).
 """
 
 from __future__ import annotations
@@ -17,14 +18,21 @@ from typing import Any, Literal, get_args
 
 import jax
 
+from pallas_kernels.mla_ragged_paged_attention.tuned import shape_key
 from pallas_kernels.mla_ragged_paged_attention.validation import validate
 from pallas_kernels.ragged_paged_attention.options import AttentionOptions
+from pallas_kernels.ragged_paged_attention.tuned import tuned_tiling
 
-Backend = Literal["reference", "xla", "tpu"]
+Backend = Literal["reference", "xla", "tpu", "triton"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
-_TOO_WIDE = "the sibling's kernel takes rows of up to 256 numbers, and DeepSeek's latents have 512"
 # What the sibling has and this op has not, with the reason.
-WITHOUT_KERNEL = {"gpu": _TOO_WIDE, "triton": _TOO_WIDE}
+WITHOUT_KERNEL = {
+    "gpu": "the sibling's takes rows of up to 256 numbers, and DeepSeek's latents have 512; triton runs on "
+    "Hopper, too"
+}
+
+# The widest latent and rotated key that registers and shared memory hold.
+TRITON_LIMITS = (512, 64)
 
 
 def cache_rows(backend: Backend, kv_lora_rank: int, rope_dim: int) -> tuple[int, int]:
@@ -75,7 +83,8 @@ def mla_ragged_paged_attention(
         decode_only: promise that no sequence has more than one query and that T == S with
             query s in row s, which lets a backend leave out its prefill path.
         backend: which implementation runs.
-        tiling: the backend's own `Tiling`; None takes what a heuristic says.
+        tiling: the backend's own `Tiling`; None takes the one tuned for this kind of device and shape
+            (`benchmarks.tune`), or where there is none, what a heuristic says.
 
     Returns:
         (out, pages), and with return_lse a third, lse float32[T, num_heads]. out is [T, num_heads,
@@ -104,5 +113,8 @@ def mla_ragged_paged_attention(
             raise ValueError(f"The reference backend has no tiles; leave out tiling={tiling}.")
         results = implementation.attend(q_latent, q_rope, latent, k_rope, pages, *batch)
     else:
+        if tiling is None:
+            fields = tuned_tiling(backend, shape_key(q_latent, q_rope, pages, decode_only=decode_only))
+            tiling = None if fields is None else implementation.Tiling.from_fields(fields)
         results = implementation.attend(q_latent, q_rope, latent, k_rope, pages, *batch, tiling=tiling)
     return results if return_lse else results[:2]

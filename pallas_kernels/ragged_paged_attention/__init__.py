@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.ragged_paged_attention.options import AttentionOptions
-from pallas_kernels.ragged_paged_attention.tuned import tuned_tiling
+from pallas_kernels.ragged_paged_attention.tuned import shape_key, tuned_tiling
 from pallas_kernels.ragged_paged_attention.validation import validate
 
 Backend = Literal["reference", "xla", "tpu", "gpu", "triton"]
@@ -144,7 +144,7 @@ def ragged_paged_attention(
         results = implementation.attend(*operands)
     else:
         if tiling is None:
-            fields = tuned_tiling(backend, q, kv_pages, decode_only=decode_only)
+            fields = tuned_tiling(backend, shape_key(q, kv_pages, decode_only=decode_only))
             tiling = None if fields is None else implementation.Tiling.from_fields(fields)
         results = implementation.attend(*operands, tiling=tiling)
     return results if return_lse else results[:2]

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.ragged_paged_attention.cache import write_new_tokens
 from pallas_kernels.ragged_paged_attention.gpu_kernel import attend_tiles
 from pallas_kernels.ragged_paged_attention.gpu_schedule import Cut
 from pallas_kernels.ragged_paged_attention.gpu_tiles import attend_in_tiles, split_decodes
@@ -61,10 +62,10 @@ def attend(
     _refuse_unsupported(q, kv_pages, options)
     if tiling is None:
         tiling = choose_tiling(q, kv_pages, page_table, options)
-    return attend_in_tiles(
+    kv_pages = write_new_tokens(k, v, kv_pages, layer, page_table, seq_lens, query_starts, options)
+    out, lse = attend_in_tiles(
         q,
-        k,
-        v,
+        k.shape[1],
         kv_pages,
         layer,
         page_table,
@@ -75,6 +76,7 @@ def attend(
         long=tiling.long,
         kernel=functools.partial(attend_tiles, interpret=interpret),
     )
+    return out, kv_pages, lse
 
 
 def choose_tiling(

@@ -230,7 +230,7 @@ def attend_tiles(
     # A kernel of Mosaic GPU takes an estimate from JAX 0.12 on.
     cost: dict[str, Any] = {}
     if jax.__version_info__ >= (0, 12):
-        cost["cost_estimate"] = cost_of_tiles(q, kv_pages, page_table)
+        cost["cost_estimate"] = cost_of_tiles(q, head_dim, kv_pages, page_table)
     kernel = plgpu.kernel(
         paged_attention,
         out_type=(

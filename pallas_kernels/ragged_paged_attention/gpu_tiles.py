@@ -1,7 +1,7 @@
 """What surrounds a GPU kernel, whatever it is written in: XLA cuts the work, feeds it, and merges results.
 
-XLA scatters the new keys and values into their pages, in place, cuts the queries into tiles and the keys
-into pieces (`gpu_schedule.py`), and gathers the rows of each tile. The kernel computes the attention of
+XLA has scattered the new keys and values into their pages, in place. It cuts the queries into tiles and the
+keys into pieces (`gpu_schedule.py`), and gathers the rows of each tile. The kernel computes the attention of
 every piece. XLA merges the pieces where there are several, and gathers the rows back.
 
 It runs twice where prefills and decodes may be mixed: once for the sequences of few queries, which are
@@ -10,13 +10,14 @@ bound by memory and whose keys are cut into pieces, and once for those of many, 
 
 from __future__ import annotations
 
+import math
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.ragged_paged_attention.cache import token_positions, write_new_tokens
+from pallas_kernels.ragged_paged_attention.cache import token_positions
 from pallas_kernels.ragged_paged_attention.gpu_schedule import (
     KeyCut,
     Tiles,
@@ -59,7 +60,7 @@ class TileKernel(Protocol):
         Args:
             q: [tiles, kv_heads, r, D], the first r rows of every tile, r a multiple of 8; the others may
                 hold anything.
-            kv_pages: [layers, pages, page_size, 2 * kv_heads, D].
+            kv_pages: [layers, pages, page_size, ...], whatever the kernel's pages hold of a token.
             layer: int32[1].
             page_table: int32[S, P].
             items: int32[items, 7], see `gpu_schedule.Work`.
@@ -69,16 +70,15 @@ class TileKernel(Protocol):
             factors: float32[2], of keys and of values.
 
         Returns:
-            (out [items, kv_heads, r, D], lse float32[items, kv_heads, R]). Items without keys may be left
-            unwritten.
+            (out [items, kv_heads, r, value_dim], lse float32[items, kv_heads, R]). Items without keys may
+            be left unwritten.
         """
         ...
 
 
 def attend_in_tiles(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    kv_heads: int,
     kv_pages: jax.Array,
     layer: jax.Array | int,
     page_table: jax.Array,
@@ -89,21 +89,24 @@ def attend_in_tiles(
     short: KeyCut,
     long: KeyCut,
     kernel: TileKernel,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """See `ragged_paged_attention`.
+) -> tuple[jax.Array, jax.Array]:
+    """Attention of q [T, heads, D] over keys that are in their pages, as the ops describe the batch.
 
     Args:
+        kv_heads: what the heads are shared by.
         short, long: how sequences of few queries are cut, and those of many.
+
+    Returns:
+        (out [T, heads, value_dim] in q's dtype, lse float32[T, heads]).
     """
     tokens, heads, _ = q.shape
-    group = heads // k.shape[1]
-    kv_pages = write_new_tokens(k, v, kv_pages, layer, page_table, seq_lens, query_starts, options)
+    group = heads // kv_heads
     sequence, _, is_real = token_positions(seq_lens, query_starts, tokens)
 
     def attend_some(tiles: Tiles, cut: KeyCut) -> tuple[jax.Array, jax.Array]:
         # Most rows of a decode's tile are there for the shape of the product only.
         given = min(cut.rows, -(-group // 8) * 8) if options.decode_only else cut.rows
-        out, lse = _attend(q, kv_pages, layer, page_table, tiles, cut, given, options, kernel)
+        out, lse = _attend(q, kv_heads, kv_pages, layer, page_table, tiles, cut, given, options, kernel)
         return _rows_of_tokens(out, lse, tiles, sequence, query_starts, group)
 
     out, lse = attend_some(cut_short(short.rows, tokens, seq_lens, query_starts, group, options), short)
@@ -113,18 +116,20 @@ def attend_in_tiles(
         few = is_short(query_starts, group, short.rows)[sequence, None, None]
         out, lse = jnp.where(few[..., None], out, out_of_long), jnp.where(few, lse, lse_of_long)
     out = jnp.where(is_real[:, None, None, None], out, 0)
-    return out.astype(q.dtype).reshape(q.shape), kv_pages, lse.reshape(tokens, heads)
+    return out.astype(q.dtype).reshape(tokens, heads, -1), lse.reshape(tokens, heads)
 
 
-def cost_of_tiles(q: jax.Array, kv_pages: jax.Array, page_table: jax.Array) -> pl.CostEstimate:
+def cost_of_tiles(
+    q: jax.Array, value_dim: int, kv_pages: jax.Array, page_table: jax.Array
+) -> pl.CostEstimate:
     """Of tiles whose sequences fill the page table: lengths are not known when this is compiled."""
-    page_size, heads_of_both, head_dim = kv_pages.shape[2:]
-    keys = page_table.shape[1] * page_size
-    kv_bytes = keys * heads_of_both * head_dim * kv_pages.dtype.itemsize
+    keys = page_table.shape[1] * kv_pages.shape[2]
+    kv_bytes = keys * math.prod(kv_pages.shape[3:]) * kv_pages.dtype.itemsize
+    rows, both = q.size // q.shape[-1], q.shape[-1] + value_dim
     return pl.CostEstimate(
-        flops=4 * q.size * keys,
-        transcendentals=q.size // head_dim * keys,
-        bytes_accessed=q.shape[0] * kv_bytes + 2 * q.size * q.dtype.itemsize,
+        flops=2 * rows * both * keys,
+        transcendentals=rows * keys,
+        bytes_accessed=q.shape[0] * kv_bytes + rows * both * q.dtype.itemsize,
     )
 
 
@@ -143,6 +148,7 @@ def split_decodes(
 
 def _attend(
     q: jax.Array,
+    kv_heads: int,
     kv_pages: jax.Array,
     layer: jax.Array | int,
     page_table: jax.Array,
@@ -152,9 +158,8 @@ def _attend(
     options: AttentionOptions,
     kernel: TileKernel,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention of tiles: (out [tiles, kv_heads, given, D], lse float32[tiles, kv_heads, R])."""
+    """Attention of tiles: (out [tiles, kv_heads, given, value_dim], lse float32[tiles, kv_heads, R])."""
     tokens, heads, head_dim = q.shape
-    kv_heads = kv_pages.shape[3] // 2
     group = heads // kv_heads
     work = cut_keys(tiles, cut, kv_pages.shape[2])
     token, group_head = tiles.token[:, :given], tiles.group_head[:, :given]
@@ -213,7 +218,7 @@ def _rows_of_tokens(
     query_starts: jax.Array,
     group: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """out [tiles, kv_heads, r, D] and lse [tiles, kv_heads, R] to [T, kv_heads, group, ...].
+    """out [tiles, kv_heads, r, value_dim] and lse [tiles, kv_heads, R] to [T, kv_heads, group, ...].
 
     Tokens that are in none of the tiles get anything.
     """

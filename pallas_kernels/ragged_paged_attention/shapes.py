@@ -2,7 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
+from typing import Protocol
+
+
+class CountedShape(Protocol):
+    """What a layer's attention reads and computes, for whatever op.
+
+    Attributes:
+        window: as the op takes it.
+        flops_per_pair: of a query and a key that it sees, all heads: the two products, a multiplication and
+            an addition for each number.
+        numbers_per_query: those of a query and of its output, all heads.
+    """
+
+    @property
+    def window(self) -> int | None: ...
+    @property
+    def flops_per_pair(self) -> int: ...
+    @property
+    def numbers_per_query(self) -> int: ...
+
+    def kv_bytes_per_token(self, itemsize: int) -> int:
+        """Bytes that the cache holds of a token, of `itemsize` bytes a number."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -27,6 +51,14 @@ class LayerShape:
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Bytes of a token's key and value, of `itemsize` bytes a number."""
         return 2 * self.kv_heads * self.head_dim * itemsize
+
+    @property
+    def flops_per_pair(self) -> int:
+        return 4 * self.heads * self.head_dim
+
+    @property
+    def numbers_per_query(self) -> int:
+        return 2 * self.heads * self.head_dim
 
 
 LAYERS = {
@@ -65,6 +97,10 @@ class Work:
         """Whether every sequence has one query."""
         return all(new == 1 for _, new in self.sequences)
 
+    def groups(self) -> list[tuple[tuple[int, int], int]]:
+        """Sequences that follow on each other and are alike, and how many they are."""
+        return [(lengths, len(list(alike))) for lengths, alike in itertools.groupby(self.sequences)]
+
     def keys_read(self, window: int | None = None) -> int:
         """Tokens whose key and value some query sees, each counted once per sequence."""
         return sum(
@@ -76,9 +112,14 @@ class Work:
         """(query, key) pairs that causality and the window allow."""
         return sum(_pairs(cached, new, window) for cached, new in self.sequences)
 
-    def flops(self, layer: LayerShape) -> int:
-        """Of the two products, a multiplication and an addition for each number; spans not counted."""
-        return 4 * layer.heads * layer.head_dim * self.pairs(layer.window)
+    def flops(self, layer: CountedShape) -> int:
+        """Of the two products; spans not counted."""
+        return layer.flops_per_pair * self.pairs(layer.window)
+
+    def num_bytes(self, layer: CountedShape, itemsize: int) -> int:
+        """That must be moved: what some query sees of the cache, the new tokens, queries and output."""
+        kept = layer.kv_bytes_per_token(itemsize) * (self.keys_read(layer.window) + self.num_tokens)
+        return kept + self.num_tokens * layer.numbers_per_query * itemsize
 
 
 def _pairs(cached: int, new: int, window: int | None) -> int:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels.ragged_paged_attention.cache import write_new_tokens
 from pallas_kernels.ragged_paged_attention.gpu_tiles import attend_in_tiles, cost_of_tiles, split_decodes
 from pallas_kernels.ragged_paged_attention.options import AttentionOptions
 
@@ -62,21 +63,28 @@ class Tiling:
 
 @dataclass(frozen=True)
 class Launch:
-    """A call of the kernel.
+    """A call of a kernel in Triton.
 
     Attributes:
+        kernel: where it is, MODULE:NAME; it is imported where it runs, since that needs Triton.
         operands: of the kernel, in its order.
         results: what it writes, in its order.
         constants: its compile-time parameters, by name.
         programs: how many run.
     """
 
+    kernel: str
     operands: tuple[jax.Array, ...]
     results: tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]
     constants: dict[str, Any]
     programs: int
     cut: Cut
     cost: dict[str, int]
+
+    def load(self) -> Any:
+        """The kernel."""
+        module, name = self.kernel.split(":")
+        return getattr(importlib.import_module(module), name)
 
 
 Launcher = Callable[[Launch], tuple[jax.Array, jax.Array]]
@@ -119,10 +127,10 @@ def attend(
         tiling = choose_tiling(q, kv_pages, page_table, options)
     # What the matrix units multiply is of one dtype; numbers of 8 bits are exact in any.
     wide = q.dtype if kv_pages.dtype.itemsize == 1 else jnp.promote_types(q.dtype, kv_pages.dtype)
-    out, kv_pages, lse = attend_in_tiles(
+    kv_pages = write_new_tokens(k, v, kv_pages, layer, page_table, seq_lens, query_starts, options)
+    out, lse = attend_in_tiles(
         q.astype(wide),
-        k,
-        v,
+        k.shape[1],
         kv_pages,
         layer,
         page_table,
@@ -183,9 +191,10 @@ def _attend_tiles(
     narrow = kv_pages.dtype.itemsize == 1
     pages = lax.bitcast_convert_type(kv_pages, jnp.int8) if narrow else kv_pages
     optional = (tree, tree_bits, position, slopes, sinks, factors)
-    cost = cost_of_tiles(q, kv_pages, page_table)
+    cost = cost_of_tiles(q, head_dim, kv_pages, page_table)
     return launch(
         Launch(
+            kernel="pallas_kernels.ragged_paged_attention.triton_kernel:paged_attention",
             operands=(
                 *(q, pages, layer, page_table, items, begin, end),
                 *(begin if array is None else array for array in optional),
@@ -226,13 +235,12 @@ def launch_compiled(launch: Launch, compute_capability: int | None = None) -> tu
     """Runs the kernel on a GPU; compute_capability (80 for Ampere) is that of the one in this process."""
     # Named at run time: these are there only where the `cuda` extra is.
     jax_triton = importlib.import_module("jax_triton")
-    kernel = importlib.import_module("pallas_kernels.ragged_paged_attention.triton_kernel").paged_attention
     out, lse = jax_triton.triton_call(
         *launch.operands,
-        kernel=kernel,
+        kernel=launch.load(),
         out_type=launch.results,
         grid=(launch.programs,),
-        name="ragged_paged_attention",
+        name=launch.kernel.split(":")[1],
         num_warps=launch.cut.warps,
         num_stages=launch.cut.stages,
         compute_capability=compute_capability,

@@ -45,7 +45,6 @@ def read_table(device_kind: str) -> Table:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def tuned_tiling(backend: str, q: jax.Array, kv_pages: jax.Array, *, decode_only: bool) -> Any:
-    """The fields of the best tiling on this process's device, or None where none was measured."""
-    table = read_table(jax.devices()[0].device_kind)
-    return table.get(backend, {}).get(shape_key(q, kv_pages, decode_only=decode_only))
+def tuned_tiling(backend: str, key: str) -> Any:
+    """The fields of the best tiling of a shape on this process's device, or None where none was measured."""
+    return read_table(jax.devices()[0].device_kind).get(backend, {}).get(key)

@@ -7,6 +7,7 @@ The number is a compute capability. Needs Triton, which brings an assembler; nei
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import subprocess
@@ -21,16 +22,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from pallas_kernels.mla_ragged_paged_attention import triton as latent_backend
+from pallas_kernels.mla_ragged_paged_attention.shapes import LAYERS as LATENT_LAYERS
 from pallas_kernels.ragged_paged_attention import triton as backend
 from pallas_kernels.ragged_paged_attention.shapes import LAYERS
-from pallas_kernels.ragged_paged_attention.triton_kernel import paged_attention
-from tests.kernels.gpu_cases import Case
+from tests.kernels.gpu_cases import Case, LatentCase
 
 _TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int32": "i32", "int8": "i8"}
 
 
 LLAMA = LAYERS["llama-3.1-8b"]
-CASES = {
+CASES: dict[str, Case | LatentCase] = {
     **{f"{name}, decode": Case(layer, True) for name, layer in LAYERS.items()},
     **{f"{name}, mixed": Case(layer, False) for name, layer in LAYERS.items()},
     "trees, mixed": Case(LLAMA, False, tree_width=64),
@@ -41,28 +43,36 @@ CASES = {
         for dtype in ("int8", "float8_e4m3fn", "float8_e5m2")
     },
     "float8_e4m3fn pages, mixed": Case(LLAMA, False, cache_dtype=jnp.float8_e4m3fn),
+    **{f"{name}, decode": LatentCase(layer, True) for name, layer in LATENT_LAYERS.items()},
+    **{f"{name}, mixed": LatentCase(layer, False) for name, layer in LATENT_LAYERS.items()},
+    "deepseek-v3, float32, mixed": LatentCase(LATENT_LAYERS["deepseek-v3"], False, dtype=jnp.float32),
 }
 
 
-def launches(case: Case) -> list[backend.Launch]:
+def launches(case: Case | LatentCase) -> list[backend.Launch]:
     """The kernels that a call of the op runs, with operands that have no values."""
-    layer, found = case.layer, []
-    tokens = case.num_tokens
+    found = []
 
     def array(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype)
-
-    arrays = case.arrays(array)
 
     def record(launch: backend.Launch) -> tuple[jax.Array, jax.Array]:
         found.append(launch)
         out, lse = (jnp.zeros(result.shape, result.dtype) for result in launch.results)
         return out, lse
 
+    seqs = case.num_seqs
+    batch = array(), array(seqs, 8192 // case.page_size), array(seqs), array(seqs + 1)
+    if isinstance(case, LatentCase):
+        attend_latent = functools.partial(latent_backend.attend, options=case.options(), launch=record)
+        jax.eval_shape(attend_latent, *case.operands(array), *batch)
+        return found
+    layer, tokens, arrays = case.layer, case.num_tokens, case.arrays(array)
+
     def attend(arrays: dict[str, Any], *operands: Any) -> Any:
         return backend.attend(*operands, case.options(arrays), launch=record)
 
-    seqs, dtype = case.num_seqs, case.dtype
+    dtype = case.dtype
     new = array(tokens, layer.kv_heads, layer.head_dim, dtype=dtype)
     cache = (2, 4096, case.page_size, 2 * layer.kv_heads, layer.head_dim)
     jax.eval_shape(
@@ -72,10 +82,7 @@ def launches(case: Case) -> list[backend.Launch]:
         new,
         new,
         array(*cache, dtype=case.cache_dtype or dtype),
-        array(),
-        array(seqs, 8192 // case.page_size),
-        array(seqs),
-        array(seqs + 1),
+        *batch,
     )
     return found
 
@@ -83,14 +90,15 @@ def launches(case: Case) -> list[backend.Launch]:
 def compile_launch(launch: backend.Launch, capability: int) -> dict[str, int]:
     """What Triton and the assembler say of a kernel: registers of a thread, bytes spilled, shared memory."""
     pointers = [array.dtype.name for array in (*launch.operands, *launch.results)]
-    names = paged_attention.arg_names
+    kernel = launch.load()
+    names = kernel.arg_names
     signature = {
         **{name: f"*{_TYPES[dtype]}" for name, dtype in zip(names, pointers, strict=False)},
         **dict.fromkeys(launch.constants, "constexpr"),
     }
     # As jax-triton has it: buffers of XLA are aligned.
     aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(pointers))}
-    source = ASTSource(paged_attention, signature, launch.constants, aligned)
+    source = ASTSource(kernel, signature, launch.constants, aligned)
     options = {"num_warps": launch.cut.warps, "num_stages": launch.cut.stages}
     compiled = triton.compile(source, GPUTarget("cuda", capability, 32), options)
     with tempfile.TemporaryDirectory() as folder:
@@ -113,7 +121,7 @@ def kind_of(launch: backend.Launch) -> tuple[Any, ...]:
     sizes = {"ITEMS", "TILES", "KV_HEADS", "PAGES", "PAGES_PER_SEQ", "GIVEN"}
     constants = tuple(item for item in launch.constants.items() if item[0] not in sizes)
     dtypes = tuple(array.dtype.name for array in (*launch.operands, *launch.results))
-    return constants, dtypes, launch.cut.warps, launch.cut.stages
+    return launch.kernel, constants, dtypes, launch.cut.warps, launch.cut.stages
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.mla_ragged_paged_attention.shapes import LatentShape
 from pallas_kernels.ragged_paged_attention.options import AttentionOptions
 from pallas_kernels.ragged_paged_attention.shapes import LayerShape
 
@@ -52,3 +53,23 @@ class Case:
             decode_only=self.decode_only,
             **arrays,
         )
+
+
+@dataclass(frozen=True)
+class LatentCase:
+    layer: LatentShape
+    decode_only: bool
+    page_size: int = 64
+    num_seqs: int = 64
+    dtype: Any = jnp.bfloat16
+
+    def operands(self, array: Callable[..., jax.ShapeDtypeStruct]) -> list[jax.ShapeDtypeStruct]:
+        """What the op takes before the layer; `array` as above."""
+        layer, tokens = self.layer, self.num_seqs if self.decode_only else 2048
+        shapes: list[tuple[int, ...]] = [(tokens, layer.heads, layer.kv_lora_rank)]
+        shapes += [(tokens, layer.heads, layer.rope_dim), (tokens, layer.kv_lora_rank)]
+        shapes += [(tokens, layer.rope_dim), (2, 4096, self.page_size, layer.width)]
+        return [array(*shape, dtype=self.dtype) for shape in shapes]
+
+    def options(self) -> AttentionOptions:
+        return AttentionOptions(scale=self.layer.width**-0.5, decode_only=self.decode_only)

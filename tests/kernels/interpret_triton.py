@@ -12,7 +12,6 @@ import jax
 import numpy as np
 
 from pallas_kernels.ragged_paged_attention.triton import Launch
-from pallas_kernels.ragged_paged_attention.triton_kernel import paged_attention
 
 _TYPES = {
     "float32": "fp32",
@@ -63,7 +62,7 @@ def launch_interpreted(launch: Launch) -> tuple[jax.Array, jax.Array]:
     def run(*operands: Any) -> tuple[np.ndarray, ...]:
         results = [np.full(result.shape, np.nan, result.dtype) for result in launch.results]
         given = [np.ascontiguousarray(operand) for operand in operands]
-        paged_attention[(launch.programs,)](*map(_Tensor, (*given, *results)), **launch.constants)
+        launch.load()[(launch.programs,)](*map(_Tensor, (*given, *results)), **launch.constants)
         return tuple(results)
 
     return jax.pure_callback(run, launch.results, *launch.operands)

@@ -73,8 +73,7 @@ def test_a_tuned_tiling_is_used_for_its_shape_alone(table: Any, monkeypatch: pyt
     attend(DECODES)
     attend(MIXED, tiling=xla.Tiling())
     assert used == [best, None, xla.Tiling()]
-    fields = tuned.tuned_tiling("tpu", jnp.asarray(batch.q), jnp.asarray(batch.kv_pages), decode_only=False)
-    assert tpu_work.Tiling.from_fields(fields) == tpu_work.Tiling(16, 32)
+    assert tpu_work.Tiling.from_fields(tuned.tuned_tiling("tpu", key)) == tpu_work.Tiling(16, 32)
 
 
 def test_tilings_of_a_gpu_survive_being_written() -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from pallas_kernels.mla_ragged_paged_attention import cache_rows, mla_ragged_paged_attention
-from pallas_kernels.mla_ragged_paged_attention.shapes import LAYERS
+from pallas_kernels.mla_ragged_paged_attention.shapes import LAYERS, LatentShape
 from tests.kernels.latent_batches import Batch, Shape, check, oracle, random_batch
 
 SHAPES = {
@@ -77,9 +77,8 @@ def test_whatever_the_lengths(name: str, data: st.DataObject, seed: int, logit_s
 
 
 @on_every_backend
-@pytest.mark.parametrize("name", LAYERS)
-def test_layers_of_models(name: str, backend: str) -> None:
-    layer = LAYERS[name]
+@pytest.mark.parametrize("layer", dict.fromkeys(LAYERS.values()), ids=lambda layer: f"{layer.heads} heads")
+def test_layers_of_models(layer: LatentShape, backend: str) -> None:
     shape = Shape(layer.heads, layer.kv_lora_rank, layer.rope_dim, 16, 4, 3, 8, dtype=jnp.bfloat16)
     batch = random_batch(shape, 0, 1.0, [(40, 5), (63, 1), (0, 1)])
     check(batch, shape, *run(batch, shape, backend))
@@ -192,7 +191,7 @@ def _valid() -> tuple[list[Any], dict[str, Any]]:
         (7, (4,), r"page_table has 3 sequences"),
         ("soft_cap", 0.0, r"soft_cap=0.0 must be positive"),
         ("decode_only", True, r"4 rows and 3 sequences"),
-        ("backend", "cuda", r"backend='cuda' is not one of reference, xla, tpu"),
+        ("backend", "cuda", r"backend='cuda' is not one of reference, xla, tpu, triton"),
     ],
 )
 def test_what_does_not_fit_is_refused(index: int | str, value: Any, message: str) -> None:
@@ -207,7 +206,7 @@ def test_what_does_not_fit_is_refused(index: int | str, value: Any, message: str
 
 def test_other_refusals() -> None:
     arrays, options = _valid()
-    with pytest.raises(NotImplementedError, match=r"'gpu' has no kernel.*256 numbers.*reference, xla, tpu"):
+    with pytest.raises(NotImplementedError, match=r"'gpu' has no kernel.*256 numbers.* tpu, triton"):
         mla_ragged_paged_attention(*arrays, **options, backend="gpu")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no tiles"):
         mla_ragged_paged_attention(*arrays, **options, backend="reference", tiling=1)

@@ -133,6 +133,9 @@ def test_what_it_cannot_do_is_refused(head_dim: int, scale: float, message: str)
         triton.attend(*batch.operands, AttentionOptions(scale=scale, decode_only=True))
 
 
+LATENT = "deepseek-v3, decode", "deepseek-v3 tp8, decode", "deepseek-v3, mixed"
+
+
 def reports(capability: int, *names: str) -> list[dict[str, Any]]:
     """A process of its own: where kernels are interpreted they cannot be compiled."""
     command = [sys.executable, "-m", "tests.kernels.compile_triton", str(capability), *names]
@@ -149,8 +152,9 @@ def test_every_shape_compiles_without_spilling(
     capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    # All of them for Ampere; Hopper has a kernel of its own, and takes this one where it is asked for.
-    names = () if capability == 80 else ("llama-3.1-8b, mixed", "gemma-2-9b, decode")
+    # All of them for Ampere; Hopper has a kernel of its own but of latents, and takes this one where it is
+    # asked for.
+    names = () if capability == 80 else ("llama-3.1-8b, mixed", "gemma-2-9b, decode", *LATENT)
     found = reports(capability, *names)
     assert {report["name"] for report in found} >= set(names) and len(found) >= 3
     for report in found:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import importlib.util
 import logging
@@ -12,6 +13,7 @@ import pytest
 from jaxllm.errors import ConfigError
 from jaxllm.layers.attention import choose_backend
 from jaxllm.layers.latent_attention import choose_latent_backend
+from jaxllm.models.config import MLAConfig
 from pallas_kernels.ragged_paged_attention import BACKENDS
 
 
@@ -59,17 +61,38 @@ def test_triton_may_be_asked_for_where_it_runs(has_jax_triton: bool) -> None:
         choose_backend("triton", "gpu", 128)
 
 
+DEEPSEEK = MLAConfig(q_lora_rank=0, kv_lora_rank=512, nope_head_dim=128, rope_head_dim=64, value_head_dim=128)
+
+
 def test_latent_attention_has_a_choice_of_its_own(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        assert choose_latent_backend(None, "cpu") == choose_latent_backend(None, "gpu") == "xla"
-        assert choose_latent_backend(None, "tpu") == choose_latent_backend("tpu", "tpu") == "tpu"
+        assert choose_latent_backend(None, "cpu", DEEPSEEK) == "xla"
+        assert choose_latent_backend(None, "tpu", DEEPSEEK) == "tpu"
+        assert choose_latent_backend("tpu", "tpu", DEEPSEEK) == "tpu"
     assert "xla (the portable one; latent attention" in caplog.text
     with pytest.raises(ConfigError, match=r"'gpu'.*no such kernel: .*256 numbers.*reference, xla\."):
-        choose_latent_backend("gpu", "gpu")
-    with pytest.raises(ConfigError, match=r"'tpu': runs on a TPU, and this process on cpu"):
-        choose_latent_backend("tpu", "cpu")
+        choose_latent_backend("gpu", "gpu", DEEPSEEK)
+    for backend, needed in (("tpu", "TPU"), ("triton", "GPU")):
+        with pytest.raises(ConfigError, match=f"'{backend}': runs on a {needed}, and this process on cpu"):
+            choose_latent_backend(backend, "cpu", DEEPSEEK)
     with pytest.raises(ConfigError, match=r"'cuda': .*no such backend.*reference, xla, tpu\."):
-        choose_latent_backend("cuda", "tpu")
+        choose_latent_backend("cuda", "tpu", DEEPSEEK)
+
+
+@pytest.mark.parametrize("capability", [8.0, 9.0])
+def test_latent_attention_takes_triton_on_every_gpu_that_runs_it(
+    has_jax_triton: bool, capability: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        chosen = choose_latent_backend(None, "gpu", DEEPSEEK, capability)
+    assert chosen == ("triton" if has_jax_triton else "xla")
+    assert ("latent attention's own on GPUs" if has_jax_triton else "pip install") in caplog.text
+    with caplog.at_level(logging.INFO):
+        assert choose_latent_backend(None, "gpu", DEEPSEEK, 7.5) == "xla"
+    assert "this one has 7.5" in caplog.text
+    wide = dataclasses.replace(DEEPSEEK, kv_lora_rank=576)
+    with pytest.raises(ConfigError, match=r"latents of up to 512 .* and this model has 576 and 64"):
+        choose_latent_backend("triton", "gpu", wide, capability)
 
 
 def test_a_jax_that_jax_triton_does_not_know_yet_is_named(
