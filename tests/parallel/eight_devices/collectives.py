@@ -6,6 +6,7 @@ import argparse
 import functools
 import re
 from collections import Counter
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from jaxllm.execution.abstract import (
     abstract_hidden,
     abstract_parameters,
     abstract_state,
+    by_replica,
     everywhere,
     lower_step,
 )
@@ -25,11 +27,11 @@ from jaxllm.execution.batch import StepShape
 from jaxllm.execution.sampler import SamplerState
 from jaxllm.execution.step import step
 from jaxllm.execution.token_masks import TokenMasks
-from jaxllm.models.config import ModelConfig, RopeConfig
+from jaxllm.models.config import ModelConfig, MoEConfig, RopeConfig
 from jaxllm.models.decoder import Decoder, DecoderForm
 from jaxllm.models.pipelined_decoder import make_decoder
 from sharding import make_mesh
-from tests.parallel.hlo import Module, collectives, copies_of, parse
+from tests.parallel.hlo import Module, collectives, copies_of, parse, replica_groups
 
 LAYERS, VOCABULARY = 3, 6000
 MODEL = ModelConfig(
@@ -134,20 +136,22 @@ def test_what_a_device_holds_by_hand() -> None:
     assert one.all_reduce_bytes >= 2 * (2 * LAYERS + 1) * 8 * 40
 
 
-@functools.cache
-def pipelined(pipe: int, tensor: int, feature_major: bool, shape: StepShape) -> Module:
-    mesh = make_mesh(pipe=pipe, tensor=tensor)
-    decoder = make_decoder(MODEL, DecoderForm(jnp.dtype("float32"), feature_major, True, "xla", mesh))
+def pipelined(model: ModelConfig, form: DecoderForm, shape: StepShape) -> str:
+    """The compiled module of a step in stages, of one replica or of several."""
+    decoder, replicas = make_decoder(model, form), form.axis_size("data")
+    vocabulary = decoder.fitted.vocab_size
+    state = functools.partial(SamplerState.create, SLOTS, vocabulary, replicas)
+    masks = TokenMasks(VOCABULARY, vocabulary, by_replica(decoder), replicas)
     lowered = lower_step(
         functools.partial(step, decoder=decoder, shape=shape, num_logprobs=5, logprobs_mode="raw_logprobs"),
         decoder,
         abstract_parameters(decoder),
         (abstract_cache(decoder, PAGES, PAGE_SIZE), abstract_hidden(decoder, 20)),
-        abstract_state(functools.partial(SamplerState.create, SLOTS, decoder.fitted.vocab_size), mesh),
-        TokenMasks(VOCABULARY, decoder.fitted.vocab_size, everywhere(decoder)).abstract(shape.num_seqs),
+        abstract_state(state, form.mesh),
+        masks.abstract(shape.num_seqs),
         shape,
     )
-    return parse(lowered.compile().as_text())
+    return lowered.compile().as_text() or ""
 
 
 @pytest.mark.parametrize(
@@ -158,7 +162,8 @@ def test_stages_hand_on_hidden_states_and_nothing_else(
     pipe: int, tensor: int, feature_major: bool, shape: StepShape
 ) -> None:
     """In the loop what tensor parallelism says; around it one permute, and sums of rows and embeddings."""
-    compiled = pipelined(pipe, tensor, feature_major, shape)
+    form = DecoderForm(jnp.dtype("float32"), feature_major, True, "xla", make_mesh(pipe=pipe, tensor=tensor))
+    compiled = parse(pipelined(MODEL, form, shape))
     places = -(-LAYERS // pipe)
     cache = shape_of(places, PAGES, PAGE_SIZE, 16 // tensor, 6)
     [layer] = compiled.loops_over(cache)
@@ -173,3 +178,34 @@ def test_stages_hand_on_hidden_states_and_nothing_else(
     large = {shape_of(*prefix, *w) for w in weights for prefix in ((places,), (places * pipe,))}
     large |= {cache, shape_of(vocabulary, 40), shape_of(vocabulary * tensor * pipe, 40)}
     assert copies_of(compiled.instructions, large) == []
+
+
+def test_replicas_of_stages_of_unlike_layers_share_experts_and_nothing_else() -> None:
+    """Layers 0 and 2 have experts and layer 1 has none; all devices of a stage take the same branch."""
+    model = replace(MODEL, moe=MoEConfig(8, 3, 24, (0, 2), True, 16))
+    mesh = make_mesh(data=2, pipe=2, tensor=2)
+    form = DecoderForm(jnp.dtype("float32"), False, True, "xla", mesh, expert_parallel=True)
+    text = pipelined(model, form, MIXED)
+    compiled, places = parse(text), 2
+    cache = shape_of(places, PAGES, PAGE_SIZE, 8, 6)
+    [layer] = compiled.loops_over(cache)
+    # Attention adds up, and so does either branch; experts say how many rounds all make, and exchange tokens,
+    # their numbers, and results.
+    assert collectives(layer) == Counter({"all-reduce": 4, "all-to-all": 3})
+    [permute] = [one for one in compiled.instructions if one.opcode.startswith("collective-permute")]
+    assert permute.num_elements == MIXED.num_tokens * MODEL.hidden_size
+    # Devices are numbered by replica, stage, and shard: who talks to other replicas is of the same stage.
+    for one in compiled.instructions:
+        if not collectives([one]) or one is permute:
+            continue
+        [groups] = replica_groups(one.line)
+        for members in groups:
+            if len({device // 4 for device in members}) > 1:
+                assert len({device // 2 % 2 for device in members}) == 1
+                assert one.opcode == "all-to-all" or one.num_elements == 1, one
+    # Each device has its stage's one MLP, or the place of it, and two experts of a layer.
+    weights = [(40, 44), (2, 44, 40), (2, 2, 40, 24), (2, 24, 40), (4, 40, 24)]
+    large = {shape_of(*prefix, *w) for w in weights for prefix in ((), (1,), (places,))} | {cache}
+    copies = copies_of(compiled.instructions, large)
+    # A CPU slices what it multiplies by, as in every scan; nothing else moves.
+    assert {one.opcode for one in copies} <= {"dynamic-slice", "reshape"}, copies

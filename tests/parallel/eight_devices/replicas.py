@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -48,7 +47,7 @@ from tests.parallel.eight_devices.same_tokens import (
     use_two_shapes,
 )
 from tests.parallel.hlo import collectives as count_collectives
-from tests.parallel.hlo import copies_of, parse
+from tests.parallel.hlo import copies_of, parse, replica_groups
 from tests.parallel.models import Oracle, hf_config, write_model
 
 LENGTHS = (21, 18, 5, 23, 9, 20, 16)
@@ -171,19 +170,6 @@ def compiled(model: ModelConfig, data: int, tensor: int, shape: StepShape, *, cp
         shape,
     )
     return lowered.compile().as_text() or ""
-
-
-def replica_groups(text: str) -> list[list[list[int]]]:
-    """Of each collective that a module starts: who takes part, {{0,1},{2,3}} or as the shape of a range."""
-    found = []
-    for lists, sizes, whole in re.findall(
-        r"replica_groups=(?:\{(\{.*?\})\}|\[([\d,]+)\]<=\[(\d+)\](?!T))", text
-    ):
-        if lists:
-            found.append([[int(i) for i in one.split(",")] for one in re.findall(r"\{(.*?)\}", lists)])
-        else:
-            found.append(np.arange(int(whole)).reshape([int(n) for n in sizes.split(",")]).tolist())
-    return found
 
 
 def test_replicas_of_a_dense_model_say_nothing_to_one_another() -> None:
