@@ -190,13 +190,13 @@ def test_a_stopped_host_is_as_dead(tmp_path: Path) -> None:
         assert processes.wait(1, IN_TIME) == 1
 
 
-def test_four_hosts_end_with_host_0(model: tuple[Path, Oracle], tmp_path: Path) -> None:
-    """Two replicas of two shards, each device in a process of its own."""
-    directory, oracle = model
+def test_four_hosts_end_with_host_0(tmp_path: Path) -> None:
+    """Two replicas of two stages, each in a process of its own."""
+    directory, oracle = model_of(tmp_path, layers=2)
     port = two_free_ports()
     params = [{"temperature": 0, "max_tokens": OUTPUT}] * len(LENGTHS)
     with Processes(tmp_path) as processes:
-        settings = {"tensor_parallel_size": 2, "data_parallel_size": 2}
+        settings = {"tensor_parallel_size": 1, "pipeline_parallel_size": 2, "data_parallel_size": 2}
         processes.start(offline(directory, 4, 1, port, params=params, settings=settings, forever=True))
         for host in (3, 1, 2):
             processes.start(other_host(host, 4, port))
