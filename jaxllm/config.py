@@ -71,7 +71,8 @@ class EngineConfig:
         block_size: tokens per KV page.
         gpu_memory_utilization: fraction of device memory for weights, activations and KV cache.
         kv_cache_memory_bytes: size of the KV cache per device, instead of the fraction.
-        swap_space: GiB of the host's memory that keep the pages of preempted requests.
+        swap_space: GiB of the host's memory that keep the pages of preempted requests; of several hosts each
+            keeps its devices' part of them.
         preemption_mode: whether these are computed again ("recompute") or copied back ("swap"); "auto"
             copies where there is swap_space.
         max_logprobs: most logprobs a request may ask for; -1 admits the whole vocabulary.

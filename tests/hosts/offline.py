@@ -49,6 +49,7 @@ def main() -> None:
     stats = llm.llm_engine.stats()
     said |= {
         "preemptions": stats.num_preemptions,
+        "swaps": llm.llm_engine.scheduler.num_swaps,
         "hits": stats.prefix_cache_hits,
         "copied": copied[0],
         "sent": getattr(executor, "num_bytes", 0),

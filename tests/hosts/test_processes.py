@@ -62,7 +62,7 @@ def offline(directory: Path, num_hosts: int, devices: int, port: int, **asked: A
 
 
 def test_two_hosts_say_what_one_device_would(model: tuple[Path, Oracle], tmp_path: Path) -> None:
-    """Two devices on each: chunked prefill, prefix cache, preemption, n > 1, penalties, biases, sleep."""
+    """Two devices on each: chunked prefill, prefix cache, pages kept on the hosts, n > 1, biases, sleep."""
     directory, oracle = model
     common = {"temperature": 0, "max_tokens": OUTPUT}
     params = [
@@ -73,7 +73,7 @@ def test_two_hosts_say_what_one_device_would(model: tuple[Path, Oracle], tmp_pat
     ]
     port = two_free_ports()
     # Too few pages for two long sequences.
-    settings = {"max_model_len": 32, "max_num_seqs": 2, "num_gpu_blocks_override": 10}
+    settings = {"max_model_len": 32, "max_num_seqs": 2, "num_gpu_blocks_override": 10, "swap_space": 0.001}
     with Processes(tmp_path) as processes:
         command = offline(directory, 2, 2, port, params=params, settings=settings, sleeps=True)
         processes.start(command, devices=2)
@@ -83,7 +83,7 @@ def test_two_hosts_say_what_one_device_would(model: tuple[Path, Oracle], tmp_pat
         for prompt, bias, one, params_of_one in zip(prompts(), biases, said["tokens"], params, strict=True):
             assert one == [oracle.greedy(prompt, OUTPUT, bias)] * params_of_one.get("n", 1)
         assert said["again"] == said["tokens"]
-        assert said["preemptions"] > 0
+        assert said["preemptions"] >= said["swaps"] > 0
         assert said["hits"] > 0
         # Embeddings and logits: the first 512 of 601 rows, since a shard has 256. Of queries, their output
         # and the MLP one half; one of two KV heads, for each of the two devices; all of the norms.

@@ -20,7 +20,7 @@ def connected_hosts(config: EngineConfig) -> Iterator[HostGroup | None]:
     """The other hosts of a configuration, joined, None where there are none; they end if the body fails.
 
     Raises:
-        ConfigError, UnsupportedError, HostError: see `check_hosts` and `meet_hosts`.
+        ConfigError, HostError: see `check_hosts` and `meet_hosts`.
     """
     check_hosts(config)
     if config.node_rank:

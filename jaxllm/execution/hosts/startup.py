@@ -14,7 +14,7 @@ import jax
 
 import jaxllm
 from jaxllm.config import EngineConfig
-from jaxllm.errors import ConfigError, HostError, UnsupportedError
+from jaxllm.errors import ConfigError, HostError
 from jaxllm.execution.batch import StepShape
 from jaxllm.execution.hosts.group import HostGroup, await_hosts
 from jaxllm.execution.hosts.link import HostLink, connect
@@ -58,7 +58,7 @@ def check_hosts(config: EngineConfig) -> None:
     """Refuses what contradicts itself about hosts.
 
     Raises:
-        ConfigError, UnsupportedError: with the field and what is allowed.
+        ConfigError: with the field and what is allowed.
     """
     for name, least in (("nnodes", 1), ("node_rank", 0), ("distributed_timeout_seconds", 1)):
         value = getattr(config, name)
@@ -80,11 +80,6 @@ def check_hosts(config: EngineConfig) -> None:
         raise ConfigError(
             f"distributed_executor_backend='uni' is one process, and nnodes={config.nnodes}; leave it out.",
             param="distributed_executor_backend",
-        )
-    if config.nnodes > 1 and config.swap_space:
-        raise UnsupportedError(
-            f"swap_space={config.swap_space:g} with nnodes={config.nnodes} is not supported yet: preempted"
-            " requests are computed again. Leave swap_space out."
         )
 
 
