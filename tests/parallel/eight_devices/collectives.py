@@ -124,7 +124,7 @@ def test_work_by_hand(tensor: int, feature_major: bool, shape: StepShape) -> Non
 
 def test_what_a_device_holds_by_hand() -> None:
     options = argparse.Namespace(seqs_per_chip=2, tokens_per_chip=9, context=100, dtype="bfloat16")
-    one = scaling.count(MODEL, "decode", 4, options)
+    one = scaling.count(MODEL, "decode", 1, 4, options)
     layer = 40 * 6 * (2 * 16 + 2 * 8) // 4 + 3 * 40 * 88 // 4
     norms = 2 * 40 + 2 * 6
     table = 40 * 6144 // 4
@@ -134,6 +134,29 @@ def test_what_a_device_holds_by_hand() -> None:
     assert one.attention_flops == 4 * 8 * 100 * LAYERS * 4 * 6
     assert one.num_tokens == 8
     assert one.all_reduce_bytes >= 2 * (2 * LAYERS + 1) * 8 * 40
+    assert one.all_to_alls == one.expert_flops == 0
+
+
+def test_what_scaling_counts_of_replicas_that_share_experts() -> None:
+    """Two of two devices: each has two of eight experts, and may send 16 rows to the other replica."""
+    model = replace(MODEL, moe=MoEConfig(8, 3, 24, tuple(range(LAYERS)), True, 0))
+    options = argparse.Namespace(seqs_per_chip=4, tokens_per_chip=4, context=100, dtype="bfloat16")
+    one = scaling.count(model, "decode", 2, 2, options)
+    assert (one.chips, one.num_tokens) == (4, 8)
+    # 48 rows of both replicas, evenly over four devices.
+    expert = 3 * 40 * 24
+    assert one.expert_flops == 2 * LAYERS * 48 // 4 * expert
+    whole = scaling.count(model, "decode", 1, 2, options)
+    assert whole.expert_flops == one.expert_flops
+    assert whole.weight_bytes - one.weight_bytes == 2 * LAYERS * 2 * expert
+    # Of the eight, those that one of 16 tokens takes.
+    taken = 8 * (1 - (5 / 8) ** 16)
+    looked_up = 2 * 40 * 6144 // 2
+    assert one.read_bytes == pytest.approx(
+        one.weight_bytes - looked_up - 2 * LAYERS * expert * 2 * (1 - taken / 8), abs=2
+    )
+    assert (one.all_to_alls, whole.all_to_alls) == (3 * LAYERS, 0)
+    assert one.all_to_all_bytes == 2 * LAYERS * 2 * 16 * (2 * 40 + 1)
 
 
 def pipelined(model: ModelConfig, form: DecoderForm, shape: StepShape) -> str:
