@@ -18,6 +18,7 @@ from pallas_kernels import mla_ragged_paged_attention as latent_op
 from pallas_kernels import ragged_paged_attention as op
 from pallas_kernels.mla_ragged_paged_attention.shapes import LAYERS as LATENT_LAYERS
 from pallas_kernels.mla_ragged_paged_attention.shapes import LatentShape
+from pallas_kernels.ragged_paged_attention import cpu
 from pallas_kernels.ragged_paged_attention.shapes import LAYERS as KEY_VALUE_LAYERS
 from pallas_kernels.ragged_paged_attention.shapes import LayerShape, Work
 
@@ -192,4 +193,6 @@ def backends_here(layer: Shape, dtype: Any) -> list[str]:
         mosaic = ["gpu"] if capability >= 9.0 and dtype != jnp.float32 else []
         known = latent_op.BACKENDS if isinstance(layer, LatentShape) else op.BACKENDS
         return [name for name in ("xla", *triton, *mosaic) if name in known]
-    return ["xla"]
+    if isinstance(layer, LatentShape) or cpu.missing(dtype):
+        return ["xla"]
+    return ["xla", "cpu"]

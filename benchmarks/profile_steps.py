@@ -67,21 +67,21 @@ def tiles_of(llm: LLM) -> Tiles | None:
     from pallas_kernels.ragged_paged_attention import xla_flash
 
     decoder = llm.llm_engine.runner._decoder
-    if decoder.form.attention_backend != "xla":
+    backend = decoder.form.attention_backend
+    if backend not in ("xla", "cpu"):
         return None
     shards = 1 if decoder.form.mesh is None else decoder.form.mesh.shape["tensor"]
     # Latents are keys and values at once: a row counts as half of either.
     rows, width = decoder.fitted.cache_rows
     tiling = xla_flash.Tiling.choose(1, -(-rows // shards * width // 2))
     page = llm.llm_engine.config.block_size
-    keys, (short, short_keys), (long, long_keys) = (
-        max(tiling.decode_block, page),
-        tiling.short_tiles,
-        tiling.long_tiles,
-    )
+    (short, short_keys), (long, long_keys) = tiling.short_tiles, tiling.long_tiles
+    keys, lanes = max(tiling.decode_block, page), tiling.decode_lanes
+    if backend == "cpu":  # whose decodes read the keys that there are
+        keys, lanes = 1, (1, 1)
     return Tiles(
         keys,
-        *tiling.decode_lanes,
+        *lanes,
         (short, max(short_keys, page)),
         (long, max(long_keys, page)),
         xla_flash.SHORT_PREFILL,

@@ -56,7 +56,7 @@ def candidates(backend: str, layer: Shape, page_size: int, *, decode_only: bool)
     if backend == "xla" and decode_only:
         for block, most in itertools.product((32, 64, 128, 256), (8, 16, 32, 64)):
             yield xla.Tiling(decode_block=block, decode_lanes=(4, most))
-    elif backend == "xla":
+    elif backend in ("xla", "cpu") and not decode_only:
         for long, short in itertools.product(
             ((128, 128), (128, 256), (256, 256), (256, 512)), ((32, 64), (64, 128))
         ):

@@ -124,7 +124,9 @@ def _attention_backend(config: EngineConfig, model: ModelConfig, platform: Platf
     """Which kernel attends, by what there is to attend to."""
     if model.mla is not None:
         return choose_latent_backend(config.attention_backend, platform.name, model.mla, compute_capability())
-    return choose_backend(config.attention_backend, platform.name, model.head_dim, compute_capability())
+    return choose_backend(
+        config.attention_backend, platform.name, model.head_dim, compute_capability(), config.dtype
+    )
 
 
 def _mesh(config: EngineConfig) -> Mesh:

@@ -19,7 +19,7 @@ from jaxllm.layers.linear import Linear
 from jaxllm.layers.norm import Norm
 from jaxllm.layers.rope import rotate
 from jaxllm.models.config import ModelConfig
-from pallas_kernels.ragged_paged_attention import BACKENDS, Backend, ragged_paged_attention
+from pallas_kernels.ragged_paged_attention import BACKENDS, Backend, cpu, ragged_paged_attention
 from sharding import MeshAxes
 
 logger = logging.getLogger(__name__)
@@ -54,26 +54,31 @@ class OneOfWindows:
 
 
 def choose_backend(
-    requested: str | None, platform: str, head_dim: int, compute_capability: float | None = None
+    requested: str | None,
+    platform: str,
+    head_dim: int,
+    compute_capability: float | None = None,
+    dtype: jnp.dtype = jnp.dtype("float32"),
 ) -> Backend:
     """The attention backend to run, logged with the reason.
 
     Args:
         head_dim: of the model.
         compute_capability: of an NVIDIA GPU, 8.0 for the first of Ampere.
+        dtype: of the KV cache.
 
     Raises:
         ConfigError: an unknown backend was asked for, or one that cannot run here.
     """
     if requested is None:
-        chosen, reason = _best_backend(platform, head_dim, compute_capability)
+        chosen, reason = _best_backend(platform, head_dim, compute_capability, dtype)
         logger.info("attention backend: %s (%s)", chosen, reason)
         return chosen
     if requested not in BACKENDS:
         raise ConfigError(
             f"attention_backend={requested!r}; there are {', '.join(BACKENDS)}", param="attention_backend"
         )
-    needed = {"tpu": "tpu", "gpu": "gpu", "triton": "gpu"}.get(requested, platform)
+    needed = {"cpu": "cpu", "tpu": "tpu", "gpu": "gpu", "triton": "gpu"}.get(requested, platform)
     if needed != platform:
         raise ConfigError(
             f"attention_backend={requested!r} runs on a {needed.upper()}, and this process on {platform}; "
@@ -88,12 +93,21 @@ def choose_backend(
         )
     if requested == "triton" and (missing := missing_for_triton(compute_capability, head_dim)):
         raise ConfigError(f"attention_backend='triton' {missing}; or ask for xla.", param="attention_backend")
+    if requested == "cpu" and (missing := cpu.missing(dtype)):
+        raise ConfigError(f"attention_backend='cpu' {missing}; or ask for xla.", param="attention_backend")
     logger.info("attention backend: %s (asked for)", requested)
     return cast(Backend, requested)
 
 
-def _best_backend(platform: str, head_dim: int, compute_capability: float | None) -> tuple[Backend, str]:
+def _best_backend(
+    platform: str, head_dim: int, compute_capability: float | None, dtype: jnp.dtype
+) -> tuple[Backend, str]:
     """A backend, and why it is chosen."""
+    if platform == "cpu":
+        missing = cpu.missing(dtype)
+        if missing is None:
+            return "cpu", "XLA's, with a kernel for decodes"
+        return "xla", f"the portable one; cpu {missing}"
     if platform == "tpu":
         # The portable one would lay out the whole cache anew in every layer.
         return "tpu", "this is one; attention_backend='xla' is the portable one"

@@ -6,7 +6,7 @@ tokens. Keys and values live in pages; page_table[s] lists the pages of sequence
 writes the new keys and values into their pages, then attends.
 
 Backends: `reference` (dense and obviously right, the oracle), `xla` (flash-style, portable: its cost
-follows the real lengths, not the padded shapes), `tpu` (Pallas Mosaic TPU), `gpu` (Pallas Mosaic GPU, for
+follows the real lengths, not the padded shapes), `cpu` (that, with a kernel for decodes), `tpu` (Pallas Mosaic TPU), `gpu` (Pallas Mosaic GPU, for
 Hopper, with JAX 0.11 or newer) and `triton` (jax-triton, for Ampere and Ada).
 """
 
@@ -22,7 +22,7 @@ from pallas_kernels.ragged_paged_attention.options import AttentionOptions
 from pallas_kernels.ragged_paged_attention.tuned import shape_key, tuned_tiling
 from pallas_kernels.ragged_paged_attention.validation import validate
 
-Backend = Literal["reference", "xla", "tpu", "gpu", "triton"]
+Backend = Literal["reference", "xla", "cpu", "tpu", "gpu", "triton"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 
 

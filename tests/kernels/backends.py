@@ -78,7 +78,15 @@ def _jitted(*operands: Any, shape: Shape, backend: Any, **array_options: Any) ->
     )
 
 
-BACKENDS = (BackendUnderTest("reference"), BackendUnderTest("xla"))
+def _cpu_refuses(shape: Shape) -> str | None:
+    return None if shape.pages_dtype == np.float32 else "reads pages of float32"
+
+
+BACKENDS = (
+    BackendUnderTest("reference"),
+    BackendUnderTest("xla"),
+    BackendUnderTest("cpu", refuses=_cpu_refuses),
+)
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS, ids=str)
 on_every_fast_backend = pytest.mark.parametrize("backend", [b for b in BACKENDS if b.draws_lengths], ids=str)
 

@@ -91,7 +91,7 @@ def test_pages_of_integers(dtype: Any, message: str) -> None:
 
 
 @pytest.mark.parametrize("return_lse", [False, True])
-@pytest.mark.parametrize("backend", ["reference", "xla"])
+@pytest.mark.parametrize("backend", ["reference", "xla", "cpu"])
 def test_what_fits_is_taken(backend: str, return_lse: bool) -> None:
     arrays, options = _valid()
     options |= {"backend": backend, "return_lse": return_lse}

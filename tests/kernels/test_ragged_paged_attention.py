@@ -36,6 +36,11 @@ SHAPES = {
     "decodes, window": Shape(2, 1, 11, 5, 60, 6, 6, window=65, decode_only=True),
     "a lone decode": Shape(4, 1, 8, 16, 9, 1, 1, decode_only=True),
     "more sequences than lanes, page of one token": Shape(2, 1, 4, 1, 100, 48, 48, decode_only=True),
+    "decodes of many keys, all together": Shape(
+        16, 8, 128, 16, 12, 4, 4, decode_only=True, window=150, soft_cap=9.0, sinks=True, alibi=True, tree_width=3,
+        lse=True,
+    ),
+    "mixed, with many keys": Shape(16, 8, 128, 16, 12, 4, 30, lse=True),
     "bfloat16": Shape(4, 2, 16, 8, 12, 4, 32, dtype=jnp.bfloat16),
     "bfloat16 decodes": Shape(4, 2, 16, 8, 12, 4, 4, decode_only=True, dtype=jnp.bfloat16),
     "sinks, window": Shape(4, 2, 8, 16, 12, 5, 40, longest=30, sinks=True, window=40, lse=True),
@@ -196,7 +201,7 @@ def _layers_over_the_op(backend: str, decode_only: bool) -> Callable[..., Any]:
     return layers
 
 
-@pytest.mark.parametrize("backend", ["reference", "xla"])
+@pytest.mark.parametrize("backend", ["reference", "xla", "cpu"])
 @pytest.mark.parametrize("decode_only", [False, True])
 def test_a_loop_of_layers_never_copies_the_cache(backend: str, decode_only: bool) -> None:
     cache = jax.ShapeDtypeStruct((3, 1000, 64, 4, 16), jnp.float32)

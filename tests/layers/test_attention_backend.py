@@ -6,6 +6,8 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import logging
+import re
+from typing import Any
 
 import jax
 import pytest
@@ -14,7 +16,8 @@ from jaxllm.errors import ConfigError
 from jaxllm.layers.attention import choose_backend
 from jaxllm.layers.latent_attention import choose_latent_backend
 from jaxllm.models.config import MLAConfig
-from pallas_kernels.ragged_paged_attention import BACKENDS
+from pallas_kernels import xla_ffi
+from pallas_kernels.ragged_paged_attention import BACKENDS, cpu
 
 
 @pytest.fixture(params=[True, False])
@@ -28,11 +31,13 @@ def has_jax_triton(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 
 def test_the_choice_is_logged_with_its_reason(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        assert choose_backend(None, "cpu", 64) == choose_backend(None, "gpu", 64) == "xla"
+        assert choose_backend(None, "cpu", 64) == choose_backend("cpu", "cpu", 64) == "cpu"
+        assert choose_backend(None, "gpu", 64) == "xla"
         assert choose_backend(None, "tpu", 64) == "tpu"
         assert choose_backend("xla", "tpu", 64) == "xla"
         assert choose_backend("reference", "cpu", 64) == "reference"
         assert choose_backend("tpu", "tpu", 64) == "tpu"
+    assert "cpu (XLA's, with a kernel for decodes)" in caplog.text
     assert "xla (the portable one" in caplog.text
     assert "reference (asked for)" in caplog.text
 
@@ -59,6 +64,41 @@ def test_triton_may_be_asked_for_where_it_runs(has_jax_triton: bool) -> None:
             choose_backend("triton", "gpu", 128, 9.0)
     with pytest.raises(ConfigError, match=r"NVIDIA GPU.*and this one is of none; or ask for xla"):
         choose_backend("triton", "gpu", 128)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ((importlib.util, "find_spec", lambda name: None), r"needs numba: pip install numba"),
+        ((xla_ffi, "missing", lambda: "knows other versions"), r"knows other versions"),
+        ((cpu, "_load", lambda: "could not be compiled"), r"could not be compiled"),
+    ],
+    ids=["numba", "version", "compiler"],
+)
+def test_a_cpu_without_its_kernel_takes_the_portable_one(
+    change: tuple[Any, str, Any],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(*change)
+    with caplog.at_level(logging.INFO):
+        assert choose_backend(None, "cpu", 64) == "xla"
+    assert re.search(rf"xla \(the portable one; cpu {message}", caplog.text)
+    with pytest.raises(ConfigError, match=rf"attention_backend='cpu' {message}; or ask for xla"):
+        choose_backend("cpu", "cpu", 64)
+
+
+def test_a_cpu_with_a_narrow_cache_takes_the_portable_one() -> None:
+    assert choose_backend(None, "cpu", 64, dtype="bfloat16") == "xla"
+    with pytest.raises(ConfigError, match=r"runs on a CPU, and this process on tpu"):
+        choose_backend("cpu", "tpu", 64)
+
+
+def test_a_version_of_the_ffi_that_is_not_known_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert xla_ffi.missing() is None
+    monkeypatch.setattr(xla_ffi, "KNOWN_VERSIONS", ((9, 9),))
+    assert re.match(r"knows versions 9\.9 of XLA's FFI, and this is 0\.\d", xla_ffi.missing.__wrapped__() or "")
 
 
 DEEPSEEK = MLAConfig(q_lora_rank=0, kv_lora_rank=512, nope_head_dim=128, rope_head_dim=64, value_head_dim=128)

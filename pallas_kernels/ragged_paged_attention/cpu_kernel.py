@@ -1,0 +1,402 @@
+"""Decode attention on a CPU: one query per sequence over float32 pages, compiled by numba behind XLA's FFI.
+
+Split over keys as Flash-Decoding does (Dao et al. 2023), with the online softmax of FlashAttention-2: each
+sequence is cut into chunks of keys, of a length that depends on the layer's shape alone, so that a result
+never depends on the other sequences nor on how many threads there are. Threads of XLA's own pool claim chunks
+one after the other, each chunk has partial results of its own, and whoever ends the last chunk of a sequence
+merges them in their order. Two threads never write the same number: only the counters are shared, and those
+are atomic.
+
+The calling thread works too, and waits only for chunks that others have begun: it needs no free thread to end.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import cfunc, njit, types
+
+from pallas_kernels import xla_ffi
+from pallas_kernels.native import (
+    address_of_task,
+    address_of_text,
+    call,
+    fetch_add,
+    float_of_bits,
+    floats_at,
+    free,
+    ints_at,
+    malloc,
+    record_at,
+    sched_yield,
+    words_at,
+)
+
+# Sums may be reordered and multiplications fused with them. What is NaN stays NaN.
+_FAST = {"reassoc", "contract", "nsz", "arcp"}
+# The handler alone is kept on disk, with all that it calls.
+_compiled = njit(fastmath=_FAST, error_model="numpy", no_cpython_wrapper=True)
+
+BLOCK = 32  # keys whose softmax is computed together: their rows and logits stay in the nearest cache
+CHUNK_BYTES = 1 << 18  # of keys and values that a thread claims at a time
+WAKING_BYTES = 1 << 16  # another thread is woken for each so many
+_SPINS = 2000  # before a waiting thread lets others run, which may be on its core
+
+_MASKED = np.float32(-1e30)
+_LOG2_E = np.float32(math.log2(math.e))
+_HALF, _ZERO, _ONE, _TWO = (np.float32(x) for x in (0.5, 0, 1, 2))
+# Of 2^f for |f| <= 1/2: the Taylor series, whose first missing term is 5e-9.
+_E7, _E6, _E5, _E4, _E3, _E2, _E1 = (
+    np.float32(math.log(2) ** n / math.factorial(n)) for n in range(7, 0, -1)
+)
+
+# One call: what is asked for, and how far it is. Addresses point to what XLA holds, or follow in the same
+# allocation. The counters are on cache lines of their own.
+_CALL = np.dtype(
+    [
+        ("claimed", "i8"),  # chunks that some thread has begun
+        ("_apart", "i8", (7,)),
+        ("done", "i8"),  # chunks whose results are written
+        ("holders", "i8"),  # threads that may still look at this; the last one frees it
+        ("chunks", "i8"),
+        *((name, "i8") for name in ("q", "pages", "table", "first", "end", "lens", "sinks", "slopes")),
+        *((name, "i8") for name in ("out", "lse", "chunk_ends", "unmerged", "partials")),
+        *((name, "i8") for name in ("sequences", "columns", "first_page", "page_size")),
+        *((name, "i8") for name in ("kv_heads", "group", "head_dim", "chunk")),
+        ("soft_cap", "f4"),
+    ],
+    align=True,
+)
+_CALL_BYTES = _CALL.itemsize
+_DONE, _HOLDERS = (_CALL.fields[name][1] for name in ("done", "holders"))  # type: ignore[index]
+_call_at = record_at(_CALL)
+_frame_at, _buffer_at, _api_at = (record_at(d) for d in (xla_ffi.CALL_FRAME, xla_ffi.BUFFER, xla_ffi.API))
+_extension_at, _metadata_at = record_at(xla_ffi.EXTENSION), record_at(xla_ffi.HANDLER_METADATA)
+_schedule_at, _num_threads_at = record_at(xla_ffi.SCHEDULE), record_at(xla_ffi.NUM_THREADS)
+_error_create_at, _error_destroy_at = record_at(xla_ffi.ERROR_CREATE), record_at(xla_ffi.ERROR_DESTROY)
+_METADATA, _EXECUTE, _EXHAUSTED = xla_ffi.METADATA, xla_ffi.EXECUTE, xla_ffi.RESOURCE_EXHAUSTED
+_MAJOR, _MINOR = xla_ffi.VERSION
+_SIZES = tuple(
+    d.itemsize for d in (xla_ffi.SCHEDULE, xla_ffi.NUM_THREADS, xla_ffi.ERROR_CREATE, xla_ffi.ERROR_DESTROY)
+)
+_SCHEDULE_BYTES, _NUM_THREADS_BYTES, _ERROR_CREATE_BYTES, _ERROR_DESTROY_BYTES = _SIZES
+_ARGUMENT_BYTES = max(_SIZES) + 8  # a pointer's target
+_FRAME_BYTES, _BUFFER_BYTES = xla_ffi.CALL_FRAME.itemsize, xla_ffi.BUFFER.itemsize
+_out_of_memory = address_of_text("decode attention: no memory for the partial results of its chunks")
+
+
+@_compiled
+def _exp(x):  # type: ignore[no-untyped-def]
+    """e^x of a float32 that is at most 0, within 2e-7 of it; at least 2^-126."""
+    y = x * _LOG2_E
+    y = y if not y < np.float32(-126) else np.float32(-126)
+    whole = np.int32(y - _HALF)  # rounds to nearest, since y is not positive
+    f = y - np.float32(whole)
+    power = ((((((_E7 * f + _E6) * f + _E5) * f + _E4) * f + _E3) * f + _E2) * f + _E1) * f + _ONE
+    return power * float_of_bits(np.int32((whole + np.int32(127)) << np.int32(23)))
+
+
+@_compiled
+def _score(q, pages, rows, count, logits, head_dim):  # type: ignore[no-untyped-def]
+    """Products of one query with the keys at `rows`, four at a time."""
+    fours = count // 4 * 4
+    for j in range(0, fours, 4):
+        a, b, c, d = rows[j], rows[j + 1], rows[j + 2], rows[j + 3]
+        sum_a = sum_b = sum_c = sum_d = _ZERO
+        for i in range(head_dim):
+            x = q[i]
+            sum_a += x * pages[a + i]
+            sum_b += x * pages[b + i]
+            sum_c += x * pages[c + i]
+            sum_d += x * pages[d + i]
+        logits[j], logits[j + 1], logits[j + 2], logits[j + 3] = sum_a, sum_b, sum_c, sum_d
+    for j in range(fours, count):
+        row, total = rows[j], _ZERO
+        for i in range(head_dim):
+            total += q[i] * pages[row + i]
+        logits[j] = total
+
+
+@_compiled
+def _cap(logits, count, soft_cap):  # type: ignore[no-untyped-def]
+    """soft_cap * tanh(logits / soft_cap), by e^(-2|x|)."""
+    for j in range(count):
+        x = logits[j] / soft_cap
+        small = _exp(-_TWO * abs(x))
+        size = soft_cap * (_ONE - small) / (_ONE + small)
+        logits[j] = size if x > _ZERO else -size
+
+
+@_compiled
+def _weigh(logits, count, maximum):  # type: ignore[no-untyped-def]
+    """Logits become e^(logit - maximum); gives their sum."""
+    total = _ZERO
+    for j in range(count):
+        weight = _exp(logits[j] - maximum)
+        logits[j] = weight
+        total += weight
+    return total
+
+
+@_compiled
+def _add_values(weights, pages, rows, count, out, head_dim):  # type: ignore[no-untyped-def]
+    """Adds the values at `rows`, weighted, to the output, four at a time."""
+    fours = count // 4 * 4
+    for j in range(0, fours, 4):
+        a, b, c, d = rows[j], rows[j + 1], rows[j + 2], rows[j + 3]
+        of_a, of_b, of_c, of_d = weights[j], weights[j + 1], weights[j + 2], weights[j + 3]
+        for i in range(head_dim):
+            out[i] += (of_a * pages[a + i] + of_b * pages[b + i]) + (
+                of_c * pages[c + i] + of_d * pages[d + i]
+            )
+    for j in range(fours, count):
+        row, weight = rows[j], weights[j]
+        for i in range(head_dim):
+            out[i] += weight * pages[row + i]
+
+
+@_compiled
+def _attend_chunk(this, sequence, first, end, partial, scratch):  # type: ignore[no-untyped-def]
+    """Running output, maximum and sum of the keys [first, end) of a sequence, for each head, to `partial`."""
+    kv_heads, group, head_dim = this.kv_heads, this.group, this.head_dim
+    heads, width = kv_heads * group, 2 * kv_heads * head_dim
+    table = ints_at(this.table + sequence * this.columns * 4)
+    position = ints_at(this.lens)[sequence] - 1
+    rows, logits = words_at(scratch), floats_at(scratch + BLOCK * 8)
+    maxima = floats_at(partial + heads * head_dim * 4)
+    sums = floats_at(partial + heads * (head_dim + 1) * 4)
+    for head in range(heads):
+        maxima[head], sums[head] = _MASKED, _ZERO
+    out = floats_at(partial)
+    for i in range(heads * head_dim):
+        out[i] = _ZERO
+    for start in range(first, end, BLOCK):
+        count = min(BLOCK, end - start)
+        column, slot = start // this.page_size, start % this.page_size
+        for j in range(count):
+            rows[j] = ((this.first_page + table[column]) * this.page_size + slot) * width
+            slot += 1
+            if slot == this.page_size:
+                column, slot = column + 1, 0
+        for kv_head in range(kv_heads):
+            keys = floats_at(this.pages + 2 * kv_head * head_dim * 4)
+            values = floats_at(this.pages + (2 * kv_head + 1) * head_dim * 4)
+            for head in range(kv_head * group, (kv_head + 1) * group):
+                _score(
+                    floats_at(this.q + (sequence * heads + head) * head_dim * 4),
+                    keys,
+                    rows,
+                    count,
+                    logits,
+                    head_dim,
+                )
+                if this.soft_cap > _ZERO:
+                    _cap(logits, count, this.soft_cap)
+                if this.slopes != 0:
+                    slope = floats_at(this.slopes)[head]
+                    for j in range(count):
+                        logits[j] += slope * np.float32(start + j - position)
+                old = maxima[head]
+                new = old
+                for j in range(count):
+                    new = logits[j] if not logits[j] <= new else new
+                out = floats_at(partial + head * head_dim * 4)
+                if new != old:
+                    decay = _exp(old - new)
+                    maxima[head] = new
+                    sums[head] *= decay
+                    for i in range(head_dim):
+                        out[i] *= decay
+                sums[head] += _weigh(logits, count, new)
+                _add_values(logits, values, rows, count, out, head_dim)
+
+
+@_compiled
+def _merge(this, sequence, first_chunk, end_chunk):  # type: ignore[no-untyped-def]
+    """The output of a sequence from the partial results of its chunks, none of which there may be."""
+    heads, head_dim = this.kv_heads * this.group, this.head_dim
+    partial_floats = heads * (head_dim + 2)
+    for head in range(heads):
+        out = floats_at(this.out + (sequence * heads + head) * head_dim * 4)
+        maximum, total = _MASKED, _ZERO
+        if this.sinks != 0:  # a key without a value; minus infinity is none
+            maximum, total = max(floats_at(this.sinks)[head], _MASKED), _ONE
+        start = maximum
+        for chunk in range(first_chunk, end_chunk):
+            partial = floats_at(this.partials + chunk * partial_floats * 4)
+            found = partial[heads * head_dim + head]
+            maximum = found if not found <= maximum else maximum
+        total *= _exp(start - maximum)
+        for i in range(head_dim):
+            out[i] = _ZERO
+        for chunk in range(first_chunk, end_chunk):
+            partial = floats_at(this.partials + chunk * partial_floats * 4)
+            weight = _exp(partial[heads * head_dim + head] - maximum)
+            total += weight * partial[heads * (head_dim + 1) + head]
+            values = floats_at(this.partials + (chunk * partial_floats + head * head_dim) * 4)
+            for i in range(head_dim):
+                out[i] += weight * values[i]
+        share = _ONE / total if total != _ZERO else _ONE
+        for i in range(head_dim):
+            out[i] *= share
+        if this.lse != 0:
+            lse = maximum + np.float32(math.log(total)) if total != _ZERO else np.float32(-np.inf)
+            floats_at(this.lse)[sequence * heads + head] = lse
+
+
+@_compiled
+def _work(address):  # type: ignore[no-untyped-def]
+    """Claims chunks until there are no more: what every thread of a call does."""
+    this = _call_at(address)
+    scratch = malloc(BLOCK * (8 + 4))
+    chunk_ends, unmerged = words_at(this.chunk_ends), this.unmerged
+    first, end = ints_at(this.first), ints_at(this.end)
+    partial_bytes = this.kv_heads * this.group * (this.head_dim + 2) * 4
+    sequence, first_chunk = 0, 0
+    while scratch != 0:
+        chunk = fetch_add(address, 1)
+        if chunk >= this.chunks:
+            break
+        while chunk_ends[sequence] <= chunk:
+            first_chunk = chunk_ends[sequence]
+            sequence += 1
+        start = first[sequence] + (chunk - first_chunk) * this.chunk
+        stop = min(start + this.chunk, np.int64(end[sequence]))
+        _attend_chunk(this, sequence, start, stop, this.partials + chunk * partial_bytes, scratch)
+        if fetch_add(unmerged + sequence * 8, -1) == 1:
+            _merge(this, sequence, first_chunk, chunk_ends[sequence])
+        fetch_add(address + _DONE, 1)
+    free(scratch)
+    if fetch_add(address + _HOLDERS, -1) == 1:
+        free(address)
+
+
+_work_task = address_of_task(_work)
+
+
+@_compiled
+def _destroy(api, error, argument):  # type: ignore[no-untyped-def]
+    destroy = _error_destroy_at(argument)
+    destroy.struct_size, destroy.extension, destroy.error = _ERROR_DESTROY_BYTES, 0, error
+    call(api.error_destroy, argument)
+
+
+@_compiled
+def _threads(frame, api, argument):  # type: ignore[no-untyped-def]
+    """How many threads XLA's pool has; 1 where there is none."""
+    asked = _num_threads_at(argument)
+    asked.struct_size, asked.extension = _NUM_THREADS_BYTES, 0
+    asked.context, asked.num_threads = frame.context, argument + _NUM_THREADS_BYTES
+    error = call(api.thread_pool_num_threads, argument)
+    if error != 0:
+        _destroy(api, error, argument)
+        return 1
+    return words_at(asked.num_threads)[0]
+
+
+@_compiled
+def _run(frame, address, argument):  # type: ignore[no-untyped-def]
+    """Shares a call among threads, and returns when all of it is done."""
+    this, api = _call_at(address), _api_at(frame.api)
+    chunk_bytes = this.chunk * 2 * this.kv_heads * this.head_dim * 4
+    most = min(_threads(frame, api, argument), this.chunks, this.chunks * chunk_bytes // WAKING_BYTES) - 1
+    this.holders = max(most, 0) + 2  # those, this thread at work, and this thread until it has seen the end
+    schedule = _schedule_at(argument)
+    for _ in range(most):
+        schedule.struct_size, schedule.extension = _SCHEDULE_BYTES, 0
+        schedule.context, schedule.task, schedule.data = frame.context, _work_task(), address
+        error = call(api.thread_pool_schedule, argument)
+        if error != 0:
+            _destroy(api, error, argument)
+            fetch_add(address + _HOLDERS, -1)
+    _work(address)
+    spins = 0
+    while fetch_add(address + _DONE, 0) < this.chunks:
+        spins += 1
+        if spins > _SPINS:
+            sched_yield()
+    if fetch_add(address + _HOLDERS, -1) == 1:
+        free(address)
+
+
+@_compiled
+def _chunks_of(first, end, chunk):  # type: ignore[no-untyped-def]
+    return max(end - first + chunk - 1, 0) // chunk
+
+
+@_compiled
+def _attend(frame, argument):  # type: ignore[no-untyped-def]
+    """Reads the operands, and runs the call; False where there is no memory for it."""
+    operands, results = words_at(frame.operands.items), words_at(frame.results.items)
+    q, pages, table = _buffer_at(operands[0]), _buffer_at(operands[1]), _buffer_at(operands[2])
+    layer, sinks, slopes = _buffer_at(operands[3]), _buffer_at(operands[7]), _buffer_at(operands[8])
+    q_dims, page_dims, table_dims = words_at(q.dims), words_at(pages.dims), words_at(table.dims)
+    sequences, kv_heads, group, head_dim = q_dims[0], q_dims[1], q_dims[2], q_dims[3]
+    heads = kv_heads * group
+    first_address, end_address = _buffer_at(operands[4]).data, _buffer_at(operands[5]).data
+    first, end = ints_at(first_address), ints_at(end_address)
+    chunk = max(CHUNK_BYTES // (2 * kv_heads * head_dim * 4) // BLOCK, 1) * BLOCK
+    chunks = 0
+    for s in range(sequences):
+        chunks += _chunks_of(first[s], end[s], chunk)
+
+    address = malloc(_CALL_BYTES + 2 * sequences * 8 + chunks * heads * (head_dim + 2) * 4)
+    if address == 0:
+        return False
+    this = _call_at(address)
+    this.claimed, this.done, this.chunks = 0, 0, chunks
+    this.q, this.pages, this.table = q.data, pages.data, table.data
+    this.first, this.end, this.lens = first_address, end_address, _buffer_at(operands[6]).data
+    this.sinks = sinks.data if words_at(sinks.dims)[0] > 0 else 0
+    this.slopes = slopes.data if words_at(slopes.dims)[0] > 0 else 0
+    this.soft_cap = floats_at(_buffer_at(operands[9]).data)[0]
+    this.out = _buffer_at(results[0]).data
+    this.lse = _buffer_at(results[1]).data if frame.results.size > 1 else 0
+    this.chunk_ends = address + _CALL_BYTES
+    this.unmerged = this.chunk_ends + sequences * 8
+    this.partials = this.unmerged + sequences * 8
+    this.sequences, this.columns = sequences, table_dims[1]
+    this.first_page, this.page_size = ints_at(layer.data)[0] * page_dims[1], page_dims[2]
+    this.kv_heads, this.group, this.head_dim, this.chunk = kv_heads, group, head_dim, chunk
+
+    chunk_ends, unmerged, done = words_at(this.chunk_ends), words_at(this.unmerged), 0
+    for s in range(sequences):
+        unmerged[s] = _chunks_of(first[s], end[s], chunk)
+        done += unmerged[s]
+        chunk_ends[s] = done
+        if unmerged[s] == 0:
+            _merge(this, s, done, done)
+    _run(frame, address, argument)
+    return True
+
+
+@cfunc(types.intp(types.intp), fastmath=_FAST, error_model="numpy", cache=True)
+def attend_decodes(frame_address):  # type: ignore[no-untyped-def]
+    """The handler. Operands: q float32[S, kv_heads, group, head_dim], scaled; pages float32[layers, pages,
+    page_size, 2 * kv_heads, head_dim]; page_table int32[S, P]; layer int32[]; first, end, lens int32[S], the
+    keys seen and the tokens there are; sinks and slopes float32[heads], or of no element; soft_cap float32[1],
+    0 for none. Results: out like q, and if wanted lse float32[S, kv_heads, group].
+    """
+    frame = _frame_at(frame_address)
+    if frame.extension != 0:
+        extension = _extension_at(frame.extension)
+        if extension.kind == _METADATA:
+            # A version that XLA refuses, where its structures are smaller than those that were read.
+            fits = frame.struct_size >= _FRAME_BYTES
+            metadata = _metadata_at(extension.metadata)
+            metadata.version.major = _MAJOR if fits else -1
+            metadata.version.minor = _MINOR
+            metadata.traits = 0
+            return 0
+    if frame.stage != _EXECUTE:
+        return 0
+    argument = malloc(_ARGUMENT_BYTES)
+    if argument == 0 or not _attend(frame, argument):
+        api = _api_at(frame.api)
+        error = _error_create_at(argument)
+        error.struct_size, error.extension = _ERROR_CREATE_BYTES, 0
+        error.message, error.code = _out_of_memory(), _EXHAUSTED
+        return call(api.error_create, argument)
+    free(argument)
+    return 0
