@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.typing import DTypeLike
 
 from jaxllm.errors import ConfigError
 from jaxllm.layers.linear import Linear
@@ -58,7 +59,7 @@ def choose_backend(
     platform: str,
     head_dim: int,
     compute_capability: float | None = None,
-    dtype: jnp.dtype = jnp.dtype("float32"),
+    dtype: DTypeLike = "float32",
 ) -> Backend:
     """The attention backend to run, logged with the reason.
 
@@ -100,7 +101,7 @@ def choose_backend(
 
 
 def _best_backend(
-    platform: str, head_dim: int, compute_capability: float | None, dtype: jnp.dtype
+    platform: str, head_dim: int, compute_capability: float | None, dtype: DTypeLike
 ) -> tuple[Backend, str]:
     """A backend, and why it is chosen."""
     if platform == "cpu":

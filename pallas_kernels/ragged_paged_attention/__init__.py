@@ -6,8 +6,9 @@ tokens. Keys and values live in pages; page_table[s] lists the pages of sequence
 writes the new keys and values into their pages, then attends.
 
 Backends: `reference` (dense and obviously right, the oracle), `xla` (flash-style, portable: its cost
-follows the real lengths, not the padded shapes), `cpu` (that, with a kernel for decodes), `tpu` (Pallas Mosaic TPU), `gpu` (Pallas Mosaic GPU, for
-Hopper, with JAX 0.11 or newer) and `triton` (jax-triton, for Ampere and Ada).
+follows the real lengths, not the padded shapes), `cpu` (that, with a kernel for decodes, by numba), `tpu`
+(Pallas Mosaic TPU), `gpu` (Pallas Mosaic GPU, for Hopper, with JAX 0.11 or newer) and `triton` (jax-triton,
+for Ampere and Ada).
 """
 
 from __future__ import annotations

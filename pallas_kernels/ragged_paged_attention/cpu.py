@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from pallas_kernels import xla_ffi
 from pallas_kernels.ragged_paged_attention import xla
@@ -27,9 +28,9 @@ _TARGET = "pallas_kernels_decode_attention"
 _loading = threading.Lock()
 
 
-def missing(cache_dtype: jnp.dtype) -> str | None:
+def missing(cache_dtype: DTypeLike) -> str | None:
     """What keeps the backend from running here, as the end of a sentence; None is nothing."""
-    if cache_dtype != jnp.float32:
+    if jnp.dtype(cache_dtype) != jnp.float32:
         return f"reads pages of float32, and these are {jnp.dtype(cache_dtype).name}"
     if importlib.util.find_spec("numba") is None:
         return "needs numba: pip install numba"

@@ -7,7 +7,8 @@ one after the other, each chunk has partial results of its own, and whoever ends
 merges them in their order. Two threads never write the same number: only the counters are shared, and those
 are atomic.
 
-The calling thread works too, and waits only for chunks that others have begun: it needs no free thread to end.
+The calling thread works too, and waits only for chunks that others have begun: it ends though no other thread
+is free.
 """
 
 from __future__ import annotations
@@ -35,8 +36,10 @@ from pallas_kernels.native import (
 
 # Sums may be reordered and multiplications fused with them. What is NaN stays NaN.
 _FAST = {"reassoc", "contract", "nsz", "arcp"}
-# The handler alone is kept on disk, with all that it calls.
+# The handler alone is kept on disk, with all that it calls. What runs once a call is compiled as a part of it,
+# since what is compiled apart is optimised anew with each that calls it.
 _compiled = njit(fastmath=_FAST, error_model="numpy", no_cpython_wrapper=True)
+_inlined = njit(fastmath=_FAST, error_model="numpy", inline="always")
 
 BLOCK = 32  # keys whose softmax is computed together: their rows and logits stay in the nearest cache
 CHUNK_BYTES = 1 << 18  # of keys and values that a thread claims at a time
@@ -275,14 +278,14 @@ def _work(address):  # type: ignore[no-untyped-def]
 _work_task = address_of_task(_work)
 
 
-@_compiled
+@_inlined
 def _destroy(api, error, argument):  # type: ignore[no-untyped-def]
     destroy = _error_destroy_at(argument)
     destroy.struct_size, destroy.extension, destroy.error = _ERROR_DESTROY_BYTES, 0, error
     call(api.error_destroy, argument)
 
 
-@_compiled
+@_inlined
 def _threads(frame, api, argument):  # type: ignore[no-untyped-def]
     """How many threads XLA's pool has; 1 where there is none."""
     asked = _num_threads_at(argument)
@@ -295,7 +298,7 @@ def _threads(frame, api, argument):  # type: ignore[no-untyped-def]
     return words_at(asked.num_threads)[0]
 
 
-@_compiled
+@_inlined
 def _run(frame, address, argument):  # type: ignore[no-untyped-def]
     """Shares a call among threads, and returns when all of it is done."""
     this, api = _call_at(address), _api_at(frame.api)
@@ -320,12 +323,12 @@ def _run(frame, address, argument):  # type: ignore[no-untyped-def]
         free(address)
 
 
-@_compiled
+@_inlined
 def _chunks_of(first, end, chunk):  # type: ignore[no-untyped-def]
     return max(end - first + chunk - 1, 0) // chunk
 
 
-@_compiled
+@_inlined
 def _attend(frame, argument):  # type: ignore[no-untyped-def]
     """Reads the operands, and runs the call; False where there is no memory for it."""
     operands, results = words_at(frame.operands.items), words_at(frame.results.items)
@@ -375,8 +378,8 @@ def _attend(frame, argument):  # type: ignore[no-untyped-def]
 def attend_decodes(frame_address):  # type: ignore[no-untyped-def]
     """The handler. Operands: q float32[S, kv_heads, group, head_dim], scaled; pages float32[layers, pages,
     page_size, 2 * kv_heads, head_dim]; page_table int32[S, P]; layer int32[]; first, end, lens int32[S], the
-    keys seen and the tokens there are; sinks and slopes float32[heads], or of no element; soft_cap float32[1],
-    0 for none. Results: out like q, and if wanted lse float32[S, kv_heads, group].
+    keys seen and the tokens there are; sinks and slopes float32[heads], or of no element; soft_cap
+    float32[1], 0 for none. Results: out like q, and if wanted lse float32[S, kv_heads, group].
     """
     frame = _frame_at(frame_address)
     if frame.extension != 0:

@@ -37,8 +37,8 @@ SHAPES = {
     "a lone decode": Shape(4, 1, 8, 16, 9, 1, 1, decode_only=True),
     "more sequences than lanes, page of one token": Shape(2, 1, 4, 1, 100, 48, 48, decode_only=True),
     "decodes of many keys, all together": Shape(
-        16, 8, 128, 16, 12, 4, 4, decode_only=True, window=150, soft_cap=9.0, sinks=True, alibi=True, tree_width=3,
-        lse=True,
+        16, 8, 128, 16, 12, 4, 4, decode_only=True, window=150, soft_cap=9.0, sinks=True, alibi=True,
+        tree_width=3, lse=True,
     ),
     "mixed, with many keys": Shape(16, 8, 128, 16, 12, 4, 30, lse=True),
     "bfloat16": Shape(4, 2, 16, 8, 12, 4, 32, dtype=jnp.bfloat16),
