@@ -36,8 +36,8 @@ from pallas_kernels.native import (
 
 # Sums may be reordered and multiplications fused with them. What is NaN stays NaN.
 _FAST = {"reassoc", "contract", "nsz", "arcp"}
-# The handler alone is kept on disk, with all that it calls. What runs once a call is compiled as a part of it,
-# since what is compiled apart is optimised anew with each that calls it.
+# The handler alone is kept on disk, with all that it calls. What runs once a call is compiled with it, since
+# what is compiled apart is optimised anew with each that calls it.
 _compiled = njit(fastmath=_FAST, error_model="numpy", no_cpython_wrapper=True)
 _inlined = njit(fastmath=_FAST, error_model="numpy", inline="always")
 
