@@ -70,20 +70,8 @@ WITHOUT_JAX = [
 ]
 
 # What the two packages below jaxllm may import beside the standard library and themselves.
-JAX_ONLY = {
-    *(
-        "absl",
-        "jax",
-        "jax_triton",
-        "jaxlib",
-        "jaxtyping",
-        "llvmlite",
-        "ml_dtypes",
-        "numba",
-        "numpy",
-        "triton",
-    ),
-}
+JAX_ONLY = {"absl", "jax", "jax_triton", "jaxlib", "jaxtyping", "ml_dtypes", "numpy", "triton"}
+JAX_ONLY |= {"llvmlite", "numba"}
 
 
 def part_of(module: str) -> str | None:

@@ -1,4 +1,4 @@
-"""The backend of CPUs: prefills by `xla_flash`, decodes by a kernel of their own (`cpu_kernel`).
+"""The backend of CPUs: prefills by `xla_flash`, decodes by `cpu_kernel`, which XLA calls by `cpu_handler`.
 
 XLA gathers the pages of decodes into copies before it multiplies them, in products too small for it; the
 kernel reads every key and value where it lies, once.
@@ -7,9 +7,11 @@ kernel reads every key and value where it lies, once.
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib
 import importlib.util
 import threading
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -68,19 +70,30 @@ def _load() -> str | None:
     """Compiles the kernel, or reads what was compiled before, and makes it known to XLA; why it cannot be."""
     import numba
 
-    # Machine code lies beside XLA's own where that is kept, else where numba has it.
-    directory = jax.config.jax_compilation_cache_dir or ""  # type: ignore[attr-defined]
     before = numba.config.CACHE_DIR
-    if directory and "://" not in directory:
-        numba.config.CACHE_DIR = f"{directory}/numba"
+    numba.config.CACHE_DIR = str(_cache_directory())
     try:
-        kernel = importlib.import_module("pallas_kernels.ragged_paged_attention.cpu_kernel")
-        xla_ffi.register(_TARGET, kernel.attend_decodes.address)
+        handler = importlib.import_module("pallas_kernels.ragged_paged_attention.cpu_handler")
+        xla_ffi.register(_TARGET, handler.attend_decodes.address)
     except (numba.core.errors.NumbaError, RuntimeError, OSError) as error:
         return f"could not be compiled or registered: {str(error).splitlines()[0]}"
     finally:
         numba.config.CACHE_DIR = before
     return None
+
+
+def _cache_directory() -> Path:
+    """Where machine code is kept: beside XLA's own, or where that is kept nowhere, beside Python's.
+
+    Numba looks at the file of the handler alone to see whether what it kept is of now; so there is a folder
+    for each content of all of them.
+    """
+    here = Path(__file__).parent
+    sources = (here.parent / "native.py", Path(xla_ffi.__file__), *sorted(here.glob("cpu_*.py")))
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
+    place = jax.config.jax_compilation_cache_dir or ""  # type: ignore[attr-defined]
+    parent = Path(place) if place and "://" not in place else here / "__pycache__"
+    return parent / "numba" / digest[:16]
 
 
 def _attend_decodes(

@@ -1,4 +1,4 @@
-"""Decode attention on a CPU: one query per sequence over float32 pages, compiled by numba behind XLA's FFI.
+"""Decode attention on a CPU: one query per sequence over float32 pages, compiled by numba; see `cpu_handler`.
 
 Split over keys as Flash-Decoding does (Dao et al. 2023), with the online softmax of FlashAttention-2: each
 sequence is cut into chunks of keys, of a length that depends on the layer's shape alone, so that a result
@@ -16,35 +16,17 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import cfunc, njit, types
+from numba import njit
 
-from pallas_kernels import xla_ffi
-from pallas_kernels.native import (
-    address_of_task,
-    address_of_text,
-    call,
-    fetch_add,
-    float_of_bits,
-    floats_at,
-    free,
-    ints_at,
-    malloc,
-    record_at,
-    sched_yield,
-    words_at,
-)
+from pallas_kernels.native import fetch_add, float_of_bits, floats_at, free, ints_at, record_at, words_at
 
 # Sums may be reordered and multiplications fused with them. What is NaN stays NaN.
 _FAST = {"reassoc", "contract", "nsz", "arcp"}
-# The handler alone is kept on disk, with all that it calls. What runs once a call is compiled with it, since
-# what is compiled apart is optimised anew with each that calls it.
 _compiled = njit(fastmath=_FAST, error_model="numpy", no_cpython_wrapper=True)
-_inlined = njit(fastmath=_FAST, error_model="numpy", inline="always")
 
 BLOCK = 32  # keys whose softmax is computed together: their rows and logits stay in the nearest cache
 CHUNK_BYTES = 1 << 18  # of keys and values that a thread claims at a time
-WAKING_BYTES = 1 << 16  # another thread is woken for each so many
-_SPINS = 2000  # before a waiting thread lets others run, which may be on its core
+SCRATCH_BYTES = BLOCK * (8 + 4)  # of a chunk: where a block's rows are, and its logits
 
 _MASKED = np.float32(-1e30)
 _LOG2_E = np.float32(math.log2(math.e))
@@ -56,7 +38,7 @@ _E7, _E6, _E5, _E4, _E3, _E2, _E1 = (
 
 # One call: what is asked for, and how far it is. Addresses point to what XLA holds, or follow in the same
 # allocation. The counters are on cache lines of their own.
-_CALL = np.dtype(
+CALL = np.dtype(
     [
         ("claimed", "i8"),  # chunks that some thread has begun
         ("_apart", "i8", (7,)),
@@ -64,29 +46,15 @@ _CALL = np.dtype(
         ("holders", "i8"),  # threads that may still look at this; the last one frees it
         ("chunks", "i8"),
         *((name, "i8") for name in ("q", "pages", "table", "first", "end", "lens", "sinks", "slopes")),
-        *((name, "i8") for name in ("out", "lse", "chunk_ends", "unmerged", "partials")),
+        *((name, "i8") for name in ("out", "lse", "chunk_ends", "unmerged", "scratch", "partials")),
         *((name, "i8") for name in ("sequences", "columns", "first_page", "page_size")),
         *((name, "i8") for name in ("kv_heads", "group", "head_dim", "chunk")),
         ("soft_cap", "f4"),
     ],
     align=True,
 )
-_CALL_BYTES = _CALL.itemsize
-_DONE, _HOLDERS = (_CALL.fields[name][1] for name in ("done", "holders"))  # type: ignore[index]
-_call_at = record_at(_CALL)
-_frame_at, _buffer_at, _api_at = (record_at(d) for d in (xla_ffi.CALL_FRAME, xla_ffi.BUFFER, xla_ffi.API))
-_extension_at, _metadata_at = record_at(xla_ffi.EXTENSION), record_at(xla_ffi.HANDLER_METADATA)
-_schedule_at, _num_threads_at = record_at(xla_ffi.SCHEDULE), record_at(xla_ffi.NUM_THREADS)
-_error_create_at, _error_destroy_at = record_at(xla_ffi.ERROR_CREATE), record_at(xla_ffi.ERROR_DESTROY)
-_METADATA, _EXECUTE, _EXHAUSTED = xla_ffi.METADATA, xla_ffi.EXECUTE, xla_ffi.RESOURCE_EXHAUSTED
-_MAJOR, _MINOR = xla_ffi.VERSION
-_SIZES = tuple(
-    d.itemsize for d in (xla_ffi.SCHEDULE, xla_ffi.NUM_THREADS, xla_ffi.ERROR_CREATE, xla_ffi.ERROR_DESTROY)
-)
-_SCHEDULE_BYTES, _NUM_THREADS_BYTES, _ERROR_CREATE_BYTES, _ERROR_DESTROY_BYTES = _SIZES
-_ARGUMENT_BYTES = max(_SIZES) + 8  # a pointer's target
-_FRAME_BYTES, _BUFFER_BYTES = xla_ffi.CALL_FRAME.itemsize, xla_ffi.BUFFER.itemsize
-_out_of_memory = address_of_text("decode attention: no memory for the partial results of its chunks")
+DONE, HOLDERS = (CALL.fields[name][1] for name in ("done", "holders"))  # type: ignore[index]
+call_at = record_at(CALL)
 
 
 @_compiled
@@ -216,7 +184,7 @@ def _attend_chunk(this, sequence, first, end, partial, scratch):  # type: ignore
 
 
 @_compiled
-def _merge(this, sequence, first_chunk, end_chunk):  # type: ignore[no-untyped-def]
+def merge(this, sequence, first_chunk, end_chunk):  # type: ignore[no-untyped-def]
     """The output of a sequence from the partial results of its chunks, none of which there may be."""
     heads, head_dim = this.kv_heads * this.group, this.head_dim
     partial_floats = heads * (head_dim + 2)
@@ -249,15 +217,14 @@ def _merge(this, sequence, first_chunk, end_chunk):  # type: ignore[no-untyped-d
 
 
 @_compiled
-def _work(address):  # type: ignore[no-untyped-def]
+def work(address):  # type: ignore[no-untyped-def]
     """Claims chunks until there are no more: what every thread of a call does."""
-    this = _call_at(address)
-    scratch = malloc(BLOCK * (8 + 4))
+    this = call_at(address)
     chunk_ends, unmerged = words_at(this.chunk_ends), this.unmerged
     first, end = ints_at(this.first), ints_at(this.end)
     partial_bytes = this.kv_heads * this.group * (this.head_dim + 2) * 4
     sequence, first_chunk = 0, 0
-    while scratch != 0:
+    while True:
         chunk = fetch_add(address, 1)
         if chunk >= this.chunks:
             break
@@ -266,140 +233,10 @@ def _work(address):  # type: ignore[no-untyped-def]
             sequence += 1
         start = first[sequence] + (chunk - first_chunk) * this.chunk
         stop = min(start + this.chunk, np.int64(end[sequence]))
-        _attend_chunk(this, sequence, start, stop, this.partials + chunk * partial_bytes, scratch)
+        partial, scratch = this.partials + chunk * partial_bytes, this.scratch + chunk * SCRATCH_BYTES
+        _attend_chunk(this, sequence, start, stop, partial, scratch)
         if fetch_add(unmerged + sequence * 8, -1) == 1:
-            _merge(this, sequence, first_chunk, chunk_ends[sequence])
-        fetch_add(address + _DONE, 1)
-    free(scratch)
-    if fetch_add(address + _HOLDERS, -1) == 1:
+            merge(this, sequence, first_chunk, chunk_ends[sequence])
+        fetch_add(address + DONE, 1)
+    if fetch_add(address + HOLDERS, -1) == 1:
         free(address)
-
-
-_work_task = address_of_task(_work)
-
-
-@_inlined
-def _destroy(api, error, argument):  # type: ignore[no-untyped-def]
-    destroy = _error_destroy_at(argument)
-    destroy.struct_size, destroy.extension, destroy.error = _ERROR_DESTROY_BYTES, 0, error
-    call(api.error_destroy, argument)
-
-
-@_inlined
-def _threads(frame, api, argument):  # type: ignore[no-untyped-def]
-    """How many threads XLA's pool has; 1 where there is none."""
-    asked = _num_threads_at(argument)
-    asked.struct_size, asked.extension = _NUM_THREADS_BYTES, 0
-    asked.context, asked.num_threads = frame.context, argument + _NUM_THREADS_BYTES
-    error = call(api.thread_pool_num_threads, argument)
-    if error != 0:
-        _destroy(api, error, argument)
-        return 1
-    return words_at(asked.num_threads)[0]
-
-
-@_inlined
-def _run(frame, address, argument):  # type: ignore[no-untyped-def]
-    """Shares a call among threads, and returns when all of it is done."""
-    this, api = _call_at(address), _api_at(frame.api)
-    chunk_bytes = this.chunk * 2 * this.kv_heads * this.head_dim * 4
-    most = min(_threads(frame, api, argument), this.chunks, this.chunks * chunk_bytes // WAKING_BYTES) - 1
-    this.holders = max(most, 0) + 2  # those, this thread at work, and this thread until it has seen the end
-    schedule = _schedule_at(argument)
-    for _ in range(most):
-        schedule.struct_size, schedule.extension = _SCHEDULE_BYTES, 0
-        schedule.context, schedule.task, schedule.data = frame.context, _work_task(), address
-        error = call(api.thread_pool_schedule, argument)
-        if error != 0:
-            _destroy(api, error, argument)
-            fetch_add(address + _HOLDERS, -1)
-    _work(address)
-    spins = 0
-    while fetch_add(address + _DONE, 0) < this.chunks:
-        spins += 1
-        if spins > _SPINS:
-            sched_yield()
-    if fetch_add(address + _HOLDERS, -1) == 1:
-        free(address)
-
-
-@_inlined
-def _chunks_of(first, end, chunk):  # type: ignore[no-untyped-def]
-    return max(end - first + chunk - 1, 0) // chunk
-
-
-@_inlined
-def _attend(frame, argument):  # type: ignore[no-untyped-def]
-    """Reads the operands, and runs the call; False where there is no memory for it."""
-    operands, results = words_at(frame.operands.items), words_at(frame.results.items)
-    q, pages, table = _buffer_at(operands[0]), _buffer_at(operands[1]), _buffer_at(operands[2])
-    layer, sinks, slopes = _buffer_at(operands[3]), _buffer_at(operands[7]), _buffer_at(operands[8])
-    q_dims, page_dims, table_dims = words_at(q.dims), words_at(pages.dims), words_at(table.dims)
-    sequences, kv_heads, group, head_dim = q_dims[0], q_dims[1], q_dims[2], q_dims[3]
-    heads = kv_heads * group
-    first_address, end_address = _buffer_at(operands[4]).data, _buffer_at(operands[5]).data
-    first, end = ints_at(first_address), ints_at(end_address)
-    chunk = max(CHUNK_BYTES // (2 * kv_heads * head_dim * 4) // BLOCK, 1) * BLOCK
-    chunks = 0
-    for s in range(sequences):
-        chunks += _chunks_of(first[s], end[s], chunk)
-
-    address = malloc(_CALL_BYTES + 2 * sequences * 8 + chunks * heads * (head_dim + 2) * 4)
-    if address == 0:
-        return False
-    this = _call_at(address)
-    this.claimed, this.done, this.chunks = 0, 0, chunks
-    this.q, this.pages, this.table = q.data, pages.data, table.data
-    this.first, this.end, this.lens = first_address, end_address, _buffer_at(operands[6]).data
-    this.sinks = sinks.data if words_at(sinks.dims)[0] > 0 else 0
-    this.slopes = slopes.data if words_at(slopes.dims)[0] > 0 else 0
-    this.soft_cap = floats_at(_buffer_at(operands[9]).data)[0]
-    this.out = _buffer_at(results[0]).data
-    this.lse = _buffer_at(results[1]).data if frame.results.size > 1 else 0
-    this.chunk_ends = address + _CALL_BYTES
-    this.unmerged = this.chunk_ends + sequences * 8
-    this.partials = this.unmerged + sequences * 8
-    this.sequences, this.columns = sequences, table_dims[1]
-    this.first_page, this.page_size = ints_at(layer.data)[0] * page_dims[1], page_dims[2]
-    this.kv_heads, this.group, this.head_dim, this.chunk = kv_heads, group, head_dim, chunk
-
-    chunk_ends, unmerged, done = words_at(this.chunk_ends), words_at(this.unmerged), 0
-    for s in range(sequences):
-        unmerged[s] = _chunks_of(first[s], end[s], chunk)
-        done += unmerged[s]
-        chunk_ends[s] = done
-        if unmerged[s] == 0:
-            _merge(this, s, done, done)
-    _run(frame, address, argument)
-    return True
-
-
-@cfunc(types.intp(types.intp), fastmath=_FAST, error_model="numpy", cache=True)
-def attend_decodes(frame_address):  # type: ignore[no-untyped-def]
-    """The handler. Operands: q float32[S, kv_heads, group, head_dim], scaled; pages float32[layers, pages,
-    page_size, 2 * kv_heads, head_dim]; page_table int32[S, P]; layer int32[]; first, end, lens int32[S], the
-    keys seen and the tokens there are; sinks and slopes float32[heads], or of no element; soft_cap
-    float32[1], 0 for none. Results: out like q, and if wanted lse float32[S, kv_heads, group].
-    """
-    frame = _frame_at(frame_address)
-    if frame.extension != 0:
-        extension = _extension_at(frame.extension)
-        if extension.kind == _METADATA:
-            # A version that XLA refuses, where its structures are smaller than those that were read.
-            fits = frame.struct_size >= _FRAME_BYTES
-            metadata = _metadata_at(extension.metadata)
-            metadata.version.major = _MAJOR if fits else -1
-            metadata.version.minor = _MINOR
-            metadata.traits = 0
-            return 0
-    if frame.stage != _EXECUTE:
-        return 0
-    argument = malloc(_ARGUMENT_BYTES)
-    if argument == 0 or not _attend(frame, argument):
-        api = _api_at(frame.api)
-        error = _error_create_at(argument)
-        error.struct_size, error.extension = _ERROR_CREATE_BYTES, 0
-        error.message, error.code = _out_of_memory(), _EXHAUSTED
-        return call(api.error_create, argument)
-    free(argument)
-    return 0

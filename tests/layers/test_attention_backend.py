@@ -98,7 +98,8 @@ def test_a_cpu_with_a_narrow_cache_takes_the_portable_one() -> None:
 def test_a_version_of_the_ffi_that_is_not_known_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert xla_ffi.missing() is None
     monkeypatch.setattr(xla_ffi, "KNOWN_VERSIONS", ((9, 9),))
-    assert re.match(r"knows versions 9\.9 of XLA's FFI, and this is 0\.\d", xla_ffi.missing.__wrapped__() or "")
+    reason = xla_ffi.missing.__wrapped__() or ""
+    assert re.match(r"knows versions 9\.9 of XLA's FFI, and this is 0\.\d", reason)
 
 
 DEEPSEEK = MLAConfig(q_lora_rank=0, kv_lora_rank=512, nope_head_dim=128, rope_head_dim=64, value_head_dim=128)
