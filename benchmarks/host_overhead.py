@@ -131,7 +131,7 @@ class _TimedResult:
         self.shape = pending.shape
 
     def result(self) -> Any:
-        self._timer._timed("wait", self._pending._output().token_ids.block_until_ready)()
+        self._timer._timed("wait", self._pending.output().token_ids.block_until_ready)()
         return self._timer._timed("unpack", self._pending.result)()
 
 

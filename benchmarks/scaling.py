@@ -54,12 +54,10 @@ def compile_step(model: ModelConfig, data: int, tensor: int, shape: StepShape) -
         abstract_cache,
         abstract_parameters,
         abstract_state,
-        by_replica,
         lower_step,
     )
     from jaxllm.execution.sampler import SamplerState
     from jaxllm.execution.step import step
-    from jaxllm.execution.token_masks import TokenMasks
     from jaxllm.models.decoder import Decoder, DecoderForm
     from sharding import make_mesh
 
@@ -73,7 +71,6 @@ def compile_step(model: ModelConfig, data: int, tensor: int, shape: StepShape) -
         abstract_parameters(decoder),
         abstract_cache(decoder, NUM_PAGES, PAGE_SIZE),
         abstract_state(functools.partial(SamplerState.create, shape.num_seqs, vocabulary, data), mesh),
-        TokenMasks(model.vocab_size, vocabulary, by_replica(decoder), data).abstract(shape.num_seqs),
         shape,
     )
     return lowered.compile(), decoder

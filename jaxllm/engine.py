@@ -175,7 +175,7 @@ class Engine:
 
         While the host applies one step, the device computes the next.
         """
-        while self._may_launch() and (plan := self.scheduler.schedule()) is not None:
+        while len(self._in_flight) < self._max_in_flight and (plan := self.scheduler.schedule()) is not None:
             pending = self.runner.execute(plan)
             self._in_flight.append((plan, pending))
             self._note_launch(plan, pending)
@@ -183,23 +183,8 @@ class Engine:
             return []
         plan, pending = self._in_flight.popleft()
         updates = self.scheduler.apply(plan, pending.result())
-        self.runner.prepare(updates)
+        self.runner.prepare()
         return self._process(plan, updates, time.monotonic())
-
-    def _may_launch(self) -> bool:
-        """Whether another plan may be put behind those in flight.
-
-        A plan that samples for a request whose tokens the host must know (a grammar, bad words) is waited
-        for: the next one would have to go without that request, which would get a token every second step.
-        In a pipeline the next one goes without those of the last in any case, and others keep it full.
-        """
-        if not self._in_flight:
-            return True
-        newest = self._in_flight[-1][0]
-        return len(self._in_flight) < self._max_in_flight and (
-            self.config.pipeline_parallel_size > 1
-            or not any(entry.samples and entry.request.needs_host_tokens for entry in newest.scheduled)
-        )
 
     def _note_launch(self, plan: Plan, pending: Pending) -> None:
         now = time.monotonic()

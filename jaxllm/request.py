@@ -109,8 +109,9 @@ class Request:
         cache_salt: requests share cached pages only with requests of the same salt.
         group_id: common to the n sequences of one user request, which share prompt pages
             even where prefix caching is off; None where n is 1.
-        needs_host_tokens: whether the host must know every token before it can prepare the next step
-            (bad words, a grammar); such a request is never scheduled while a token is in flight.
+        needs_host_tokens: whether the host must know every token before it can say what the next one may be
+            (bad words, a grammar); such a request is computed with its newest token still in flight as any
+            other, and sampled late.
         pooling_params: of a request to a pooling model, which ends with its prompt; None where text is
             generated.
         token_type_ids: type of each prompt token; None is type 0 throughout.

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax.experimental.layout import Format, Layout
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from jaxllm.execution.batch import StepShape
+from jaxllm.execution.batch import FLOATS, INTEGERS, StepShape
+from jaxllm.execution.sampler import Logprobs
 from jaxllm.models.decoder import Decoder
 from jaxllm.models.fitting import parameter_shardings
 from jaxllm.models.parameters import Parameters
@@ -137,7 +138,6 @@ def lower_step(
     params: dict[str, Any],
     kv_pages: Any,
     state: Any,
-    token_masks: jax.ShapeDtypeStruct,
     shape: StepShape,
 ) -> jax.stages.Lowered:
     """The step `run` of a shape, lowered for the devices that the abstract arrays lie on.
@@ -158,17 +158,60 @@ def lower_step(
         _, cache, of_state = arrays
         part = partition_spec(("batch",))
         of_stages = partition_spec((None,) * len(stages) + ("batch",))
-        inputs = (*arrays, of_stages, of_stages, part)
-        run = on_shards(run, batch.mesh, inputs, (cache, of_state, part), axes=("data",))
+        inputs = (*arrays, of_stages, of_stages)
+        run = on_shards(run, batch.mesh, inputs, (cache, of_state, part, part), axes=("data",))
     # A float32 model is computed in float32: by default a GPU would take TF32, and a TPU bfloat16.
     precision = "highest" if decoder.form.dtype == jnp.float32 else "default"
     with jax.default_matmul_precision(precision):
         stays = (jax.tree.map(lambda array: array.format, kv_pages), shardings_of(state))
-        return jax.jit(run, donate_argnums=(1, 2), out_shardings=(*stays, batch)).lower(
+        gives = (*stays, batch, _logits_sharding(decoder))
+        return jax.jit(run, donate_argnums=(1, 2), out_shardings=gives).lower(
             params,
             kv_pages,
             state,
             jax.ShapeDtypeStruct((*stages, replicas * shape.num_integers), jnp.int32, sharding=packed),
             jax.ShapeDtypeStruct((*stages, replicas * shape.num_floats), jnp.float32, sharding=packed),
-            token_masks,
         )
+
+
+def lower_sample_late(
+    run: Callable[..., Any],
+    decoder: Decoder,
+    state: Any,
+    token_masks: jax.ShapeDtypeStruct,
+    num_logprobs: int,
+) -> jax.stages.Lowered:
+    """`sample_late` for steps with as many sequences as the masks have, see `lower_step`."""
+    batch, replicas = by_replica(decoder), decoder.form.axis_size("data")
+    rows = token_masks.shape[0]
+    if batch is not None and replicas > 1:
+        of_state = jax.tree.map(lambda array: array.sharding.spec, state)
+        part = partition_spec(("batch",))
+        run = on_shards(run, batch.mesh, (of_state, *[part] * 6), (of_state, part, part), axes=("data",))
+
+    def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=batch)
+
+    logits = jax.ShapeDtypeStruct(
+        (rows, decoder.fitted.vocab_size), jnp.float32, sharding=_logits_sharding(decoder)
+    )
+    return jax.jit(run, donate_argnums=0, out_shardings=(shardings_of(state), batch, batch)).lower(
+        state,
+        logits,
+        array(jnp.int32, replicas + len(INTEGERS) * rows),
+        array(jnp.float32, len(FLOATS) * rows),
+        token_masks,
+        array(jnp.int32, rows),
+        Logprobs(
+            array(jnp.float32, rows),
+            array(jnp.int32, rows),
+            array(jnp.int32, rows, num_logprobs),
+            array(jnp.float32, rows, num_logprobs),
+        ),
+    )
+
+
+def _logits_sharding(decoder: Decoder) -> NamedSharding | None:
+    """How a step's logits lie, float32[S, V] of each replica; None on one device."""
+    mesh = decoder.form.mesh
+    return None if mesh is None else NamedSharding(mesh, partition_spec(("batch", "vocab")))

@@ -26,6 +26,9 @@ INTEGERS = (
 )
 FLOATS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 
+# In the column "samples": a sequence gets a token in the step, or after it, see `sample_late`; 0 is none.
+SAMPLES, SAMPLES_LATE = 1, 2
+
 
 class StepShape(NamedTuple):
     """Sizes that a step is compiled for.
@@ -45,11 +48,20 @@ class StepShape(NamedTuple):
     @property
     def num_integers(self) -> int:
         per_sequence = len(INTEGERS) + self.pages_per_seq
-        return 3 + 3 * self.num_tokens + self.num_seqs + 1 + per_sequence * self.num_seqs
+        return 2 + 3 * self.num_tokens + self.num_seqs + 1 + per_sequence * self.num_seqs
 
     @property
     def num_floats(self) -> int:
         return len(FLOATS) * self.num_seqs
+
+
+class LateShape(NamedTuple):
+    """What `sample_late` is compiled for: the sequences of a step, whatever else its shape is."""
+
+    num_seqs: int
+
+
+Program = StepShape | LateShape
 
 
 class HostBatch:
@@ -66,7 +78,7 @@ class HostBatch:
         query_starts: int32[S + 1].
         column: for each name in INTEGERS int32[S]. page_table: int32[S, P].
         seq_floats: float32[len(FLOATS), S].
-        flags: int32[3], wants logprobs, wants prompt logprobs, has token masks.
+        flags: int32[2], wants logprobs, wants prompt logprobs.
     """
 
     def __init__(self, shape: StepShape, padding_slot: int) -> None:
@@ -105,6 +117,10 @@ class HostBatch:
         other.page_table[:count] = self.page_table[:count]
         return other
 
+    def late_arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """(int32[1 + len(INTEGERS) * S], float32[len(FLOATS) * S]): what `sample_late` has to know."""
+        return np.concatenate([self.flags[:1], self.seq_integers.reshape(-1)]), self.floats
+
 
 class DeviceBatch(NamedTuple):
     """The same, on the device."""
@@ -116,7 +132,6 @@ class DeviceBatch(NamedTuple):
     targets: jax.Array
     wants_logprobs: jax.Array
     wants_prompt_logprobs: jax.Array
-    has_token_masks: jax.Array
 
 
 def unpack(
@@ -144,7 +159,6 @@ def unpack(
         return stages[-1]._replace(decoder_inputs=inputs)
     flags, token_ids, positions, targets, query_starts, columns, page_table = _split_integers(integers, shape)
     column = dict(zip(INTEGERS, columns, strict=True))
-    real = dict(zip(FLOATS, floats.reshape(len(FLOATS), shape.num_seqs), strict=True))
     slots = column["slots"]
 
     is_empty = query_starts[1:] == query_starts[:-1]
@@ -162,9 +176,26 @@ def unpack(
         query_starts=query_starts,
         token_types=targets if has_token_types else None,
     )
-    sampling = SamplingInputs(
-        slots=slots,
-        samples=column["samples"] > 0,
+    sampling = _sampling_inputs(columns, floats, SAMPLES)
+    return DeviceBatch(tokens, tokens, sampling, last_rows, targets, *(flags > 0))
+
+
+def unpack_late(integers: jax.Array, floats: jax.Array) -> tuple[SamplingInputs, jax.Array]:
+    """Inside `sample_late`: the parameters of those sampled then, and whether log-probabilities are wanted.
+
+    Args:
+        integers, floats: as `HostBatch.late_arrays` gives them.
+    """
+    return _sampling_inputs(integers[1:].reshape(len(INTEGERS), -1), floats, SAMPLES_LATE), integers[0] > 0
+
+
+def _sampling_inputs(columns: jax.Array, floats: jax.Array, samples: int) -> SamplingInputs:
+    """Of columns int32[len(INTEGERS), S]; who gets a token is marked by `samples`."""
+    column = dict(zip(INTEGERS, columns, strict=True))
+    real = dict(zip(FLOATS, floats.reshape(len(FLOATS), -1), strict=True))
+    return SamplingInputs(
+        slots=column["slots"],
+        samples=column["samples"] == samples,
         seeds=lax.bitcast_convert_type(column["seeds"], jnp.uint32),
         positions=column["positions"],
         top_k=column["top_k"],
@@ -172,13 +203,12 @@ def unpack(
         uses_bias=column["bias"] > 0,
         **real,
     )
-    return DeviceBatch(tokens, tokens, sampling, last_rows, targets, *(flags > 0))
 
 
 def _split_integers(integers, shape: StepShape):  # type: ignore[no-untyped-def]
     """The parts of the packed integers, in the order of `HostBatch.__init__`; views where numpy is given."""
     tokens, seqs = shape.num_tokens, shape.num_seqs
-    sizes = [3, tokens, tokens, tokens, seqs + 1, len(INTEGERS) * seqs, seqs * shape.pages_per_seq]
+    sizes = [2, tokens, tokens, tokens, seqs + 1, len(INTEGERS) * seqs, seqs * shape.pages_per_seq]
     ends = np.cumsum(sizes)
     parts = [integers[end - size : end] for size, end in zip(sizes, ends, strict=True)]
     parts[5] = parts[5].reshape(len(INTEGERS), seqs)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Collection, Sequence
 
-from jaxllm.execution.batch import StepShape
+from jaxllm.execution.batch import LateShape, Program, StepShape
 
 SMALLEST_PREFILL = 16
 
@@ -30,6 +30,18 @@ def num_covering(shapes: list[StepShape]) -> int:
     return min(4, len(shapes))
 
 
+def with_late_shapes(shapes: Sequence[StepShape]) -> tuple[list[Program], int]:
+    """The steps and what samples late after each, as they are wanted; how many take every plan.
+
+    Where somebody samples late, a plan runs in a step that has its second half compiled, too. The largest
+    steps have one in common, and with it they take every plan.
+    """
+    num_first = num_covering(list(shapes))
+    first: list[Program] = [*shapes[:num_first], LateShape(shapes[0].num_seqs)]
+    others = (part for shape in shapes for part in (shape, LateShape(shape.num_seqs)))
+    return list(dict.fromkeys([*first, *others])), len(first)
+
+
 def _sizes(smallest: int, largest: int, fine_from: int) -> list[int]:
     """Powers of two from `smallest` up to and with `largest`; from `fine_from` on with a step between."""
     sizes, size = [], smallest
@@ -46,17 +58,22 @@ def _from_the_middle(shapes: list[StepShape]) -> list[StepShape]:
     return sorted(shapes, key=lambda shape: abs(shapes.index(shape) - middle))
 
 
-def choose(ready: Iterable[StepShape], num_tokens: int, num_seqs: int, decode_only: bool) -> StepShape | None:
+def choose(
+    ready: Collection[Program], num_tokens: int, num_seqs: int, decode_only: bool, *, late: bool = False
+) -> StepShape | None:
     """The cheapest ready shape that a plan fits into, or None.
 
     Args:
         decode_only: every sequence has one token and none reports prompt logprobs.
+        late: some sequence is sampled late.
     """
     fitting = [
         shape
         for shape in ready
-        if shape.num_tokens >= num_tokens
+        if isinstance(shape, StepShape)
+        and shape.num_tokens >= num_tokens
         and shape.num_seqs >= num_seqs
         and (decode_only or not shape.decode_only)
+        and (not late or LateShape(shape.num_seqs) in ready)
     ]
     return min(fitting, key=lambda s: (s.num_tokens, not s.decode_only, s.num_seqs), default=None)

@@ -96,10 +96,11 @@ def build_runner(
         logprobs_mode=config.logprobs_mode,
         compiler_options=platform.compiler_options,
         compile_all=config.forbid_recompile,
+        samples_late=not config.skip_tokenizer_init,  # Grammars and bad words are of text.
     )
     try:
         if hosts is not None:
-            agree_on_model(hosts, config, model, path, runner.compiler.shapes)
+            agree_on_model(hosts, config, model, path, runner.compiler.programs)
         load = functools.partial(
             load_parameters,
             path,

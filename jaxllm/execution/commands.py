@@ -18,13 +18,26 @@ class RunStep(NamedTuple):
     Attributes:
         shape: of the compiled step.
         integers, floats: see `HostBatch`.
-        token_masks: int32[S, words], see `TokenMasks`; None where nobody has a grammar.
     """
 
     shape: StepShape
     integers: np.ndarray
     floats: np.ndarray
-    token_masks: np.ndarray | None = None
+
+
+class SampleLate(NamedTuple):
+    """Sample for those sequences of the step before that it left out.
+
+    Attributes:
+        num_seqs: of that step's shape.
+        integers, floats: see `HostBatch.late_arrays`.
+        token_masks: int32[S, words], see `TokenMasks`; None where nothing is forbidden by one.
+    """
+
+    num_seqs: int
+    integers: np.ndarray
+    floats: np.ndarray
+    token_masks: np.ndarray | None
 
 
 class WriteCounts(NamedTuple):
@@ -61,7 +74,7 @@ class WakeUp(NamedTuple):
     tags: tuple[str, ...] | None
 
 
-Command = RunStep | WriteCounts | WriteBias | CopyPages | SleepAt | WakeUp
+Command = RunStep | SampleLate | WriteCounts | WriteBias | CopyPages | SleepAt | WakeUp
 
 
 class Executor(Protocol):

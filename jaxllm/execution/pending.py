@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxllm.execution.batch import HostBatch, StepShape
 from jaxllm.execution.sampler import Logprobs
 from jaxllm.execution.step import StepOutput
+from jaxllm.request import Request
 from jaxllm.scheduling.plan import Plan, StepResult, TokenLogprobs
 
 
@@ -60,11 +62,12 @@ class Pending(ABC):
 
     Args:
         shape: of the step that it was launched in, were it alone.
-        advance: launches the next step, for a plan that is on its way through the stages of a pipeline.
+        advance: launches what comes next, for a plan that waits for its masks, or is on its way through the
+            stages of a pipeline.
 
     Attributes:
         shape: what that step was compiled for, of all replicas together.
-        output: waits for that of the step that completes it; None before that step is launched.
+        output: waits for that of what completes it; None before that is launched.
     """
 
     def __init__(self, plan: Plan, shape: StepShape, packed: Packed, advance: Callable[[], None]) -> None:
@@ -126,6 +129,19 @@ class _LogprobRows:
         )
 
 
+class LateRow(NamedTuple):
+    """A sequence that a step leaves out and `sample_late` samples for.
+
+    Attributes:
+        row: among the sequences of all replicas.
+        length: tokens that it has before.
+    """
+
+    request: Request
+    row: int
+    length: int
+
+
 @dataclass(slots=True)
 class Launched:
     """A plan packed, on its way through the stages of a pipeline, or through the one that there is.
@@ -135,7 +151,7 @@ class Launched:
         batches: of each replica, in that shape.
         num_tokens, num_seqs: of the replica that has most.
         decode_only: see `StepShape`.
-        masks: see `TokenMasks.of`.
+        late: whether some of them are sampled late.
         slots: to be freed once it is through, of sequences that were preempted meanwhile.
     """
 
@@ -145,7 +161,34 @@ class Launched:
     num_tokens: int
     num_seqs: int
     decode_only: bool
-    masks: np.ndarray | None
+    late: bool
     packed: Packed
     pending: Pending
     slots: list[int] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class HalfDone:
+    """A plan whose step is launched, and whose late rows are not sampled yet.
+
+    Attributes:
+        batches: of each replica, in the shape of that step.
+        rows: the late ones.
+        masks: that were begun, see `TokenMasks`; None before that.
+    """
+
+    pending: Pending
+    batches: list[HostBatch]
+    rows: list[LateRow]
+    masks: Future[np.ndarray | None] | None = None
+
+    @property
+    def num_seqs(self) -> int:
+        """Rows of each replica."""
+        return self.batches[0].shape.num_seqs
+
+    def late_rows(self) -> list[LateRow]:
+        """Those that are still to get a token; the host knows what comes before it, of each of them."""
+        rows = [late for late in self.rows if not late.request.status.is_finished]
+        assert all(len(late.request.token_ids) == late.length for late in rows)
+        return rows

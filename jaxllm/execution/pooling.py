@@ -53,16 +53,17 @@ def pooling_step(
     state: PoolingState,
     integers: jax.Array,
     floats: jax.Array,
-    token_masks: jax.Array,
     *,
     decoder: Decoder,
     shape: StepShape,
-) -> tuple[Any, PoolingState, PoolingStepOutput]:
+) -> tuple[Any, PoolingState, PoolingStepOutput, None]:
     """Computes a packed batch. `kv_pages` and `state` are donated and returned updated.
 
     Args:
         integers, floats: see `HostBatch`, whose `targets` hold the tokens' types here.
-        token_masks: of grammars, which there are none of here.
+
+    Returns:
+        (cache, state, output, None): there are no logits.
     """
     # No token of a prompt is ever still on the device.
     none_pending = jnp.zeros(state.carried.shape[0], jnp.int32)
@@ -98,7 +99,7 @@ def pooling_step(
         lambda: decoder.pool(params, features),
         lambda: jnp.zeros((features.shape[0], pooled.shape[1]), pooled.dtype),
     )
-    return kv_pages, state, PoolingStepOutput(pooled, by_token)
+    return kv_pages, state, PoolingStepOutput(pooled, by_token), None
 
 
 class PendingPooling(Pending):
@@ -123,6 +124,8 @@ class PendingPooling(Pending):
 
 class PoolingRunner(Runner):
     """Runs the plans of a pooling model."""
+
+    samples = False
 
     def _shapes(self, shapes: list[StepShape]) -> list[StepShape]:
         # Prompts are all that there is.

@@ -18,10 +18,11 @@ from jaxllm.execution.abstract import (
     by_replica,
     empty_cache,
     laid_out,
+    lower_sample_late,
     lower_step,
     shardings_of,
 )
-from jaxllm.execution.batch import HostBatch, StepShape
+from jaxllm.execution.batch import HostBatch, LateShape, Program, StepShape
 from jaxllm.execution.buckets import step_shapes
 from jaxllm.execution.commands import (
     Command,
@@ -29,6 +30,7 @@ from jaxllm.execution.commands import (
     Executor,
     InProcess,
     RunStep,
+    SampleLate,
     SleepAt,
     WakeUp,
     WriteBias,
@@ -36,23 +38,18 @@ from jaxllm.execution.commands import (
 )
 from jaxllm.execution.compiler import StepCompiler
 from jaxllm.execution.host_pages import HostPages
-from jaxllm.execution.pending import Launched, Packed, Pending, PendingResult
+from jaxllm.execution.packing import fill_batch, is_late, late_rows, reports_prompt
+from jaxllm.execution.pending import HalfDone, Launched, Packed, Pending, PendingResult
 from jaxllm.execution.sampler import LogprobsMode, SamplerState
 from jaxllm.execution.sleep import Sleep, check_tags
 from jaxllm.execution.slots import SlotTable
 from jaxllm.execution.state_rows import StateRows
-from jaxllm.execution.step import step
+from jaxllm.execution.step import StepOutput, sample_late, step
 from jaxllm.execution.token_masks import TokenMasks
 from jaxllm.models.decoder import Decoder
 from jaxllm.models.parameters import Parameters
 from jaxllm.request import Request
-from jaxllm.scheduling.plan import Plan, RequestUpdate, ScheduledRequest
-
-
-def _reports_prompt(entry: ScheduledRequest) -> bool:
-    """Whether a prompt's log-probabilities are wanted of what an entry computes."""
-    wanted = entry.request.sampling_params.prompt_logprobs
-    return wanted is not None and entry.start < entry.request.num_prompt_tokens - 1
+from jaxllm.scheduling.plan import Plan, ScheduledRequest
 
 
 def _one_after_the_other(arrays: list[np.ndarray]) -> np.ndarray:
@@ -85,12 +82,15 @@ class Runner:
         num_host_pages: kept in the host's memory for those who are preempted, for each replica.
         num_logprobs: most probable tokens reported per position; requests may ask for up to so many.
         compile_all: compile every shape before the first step, and none after.
+        samples_late: requests may come whose next token depends on what only the host knows (a grammar).
 
     Attributes:
         load: loads the parameters again, for a runner that slept without them.
         executor: has commands done.
+        samples: whether its steps end in tokens.
     """
 
+    samples = True
     load: Callable[[], Parameters]
     executor: Executor
 
@@ -108,6 +108,7 @@ class Runner:
         logprobs_mode: LogprobsMode,
         compiler_options: dict[str, bool | str],
         compile_all: bool,
+        samples_late: bool,
     ) -> None:
         model = decoder.config
         self.executor = InProcess(self.run)
@@ -121,6 +122,7 @@ class Runner:
         self._abstract_hidden = abstract_hidden(decoder, max_num_batched_tokens)
         # What is in each stage, from the first: a plan or None. That of the last one is complete.
         self._stages: deque[Launched | None] = deque([None] * decoder.form.num_stages)
+        self._half_done: HalfDone | None = None
         self.num_host_pages = num_host_pages
         self._replicas = decoder.form.axis_size("data")
         self._host_pages = (
@@ -132,7 +134,9 @@ class Runner:
         self._masks = TokenMasks(model.vocab_size, vocab_size, by_replica(decoder), self._replicas)
         self._slots = SlotTable(max_num_seqs, pages_per_seq, vocab_size, self._replicas)
         shapes = self._shapes(step_shapes(max_num_seqs, max_num_batched_tokens, pages_per_seq))
-        self.compiler = StepCompiler(self._compile, shapes, complete=compile_all)
+        self.compiler = StepCompiler(
+            self._compile, shapes, complete=compile_all, late=self.samples and samples_late
+        )
 
     # What a runner of another kind of model has otherwise
 
@@ -167,16 +171,28 @@ class Runner:
         """What waits for a plan's output."""
         return PendingResult(plan, shape, packed, self.advance)
 
-    def _compile(self, shape: StepShape) -> Any:
-        cache = _as_taken(self._abstract_cache, self._abstract_hidden)
-        arrays = (self._abstract_params, cache, self._abstract_state)
-        masks = self._masks.abstract(shape.num_seqs)
-        lowered = lower_step(self._step(shape), self._decoder, *arrays, masks, shape)
+    def _compile(self, program: Program) -> Any:
+        decoder, state = self._decoder, self._abstract_state
+        if isinstance(program, LateShape):
+            run = functools.partial(
+                sample_late,
+                num_logprobs=self._num_logprobs,
+                logprobs_mode=self._logprobs_mode,
+                top_k=decoder.top_k,
+            )
+            masks = self._masks.abstract(program.num_seqs)
+            lowered = lower_sample_late(run, decoder, state, masks, self._num_logprobs)
+        else:
+            cache = _as_taken(self._abstract_cache, self._abstract_hidden)
+            run = self._step(program)
+            lowered = lower_step(run, decoder, self._abstract_params, cache, state, program)
         return lowered.compile(self._compiler_options)
 
     def start(self, params: Parameters, *, progress: bool) -> None:
         """Takes the weights, makes the cache, and waits until every plan can run."""
         self._sleep: Sleep | None = None
+        # What `sample_late` completes: the last step's output, and its logits.
+        self._sampled: Any = None
         self._params = laid_out(params, self._abstract_params)
         self._kv_pages = empty_cache(self._abstract_cache)
         if self._host_pages is not None:
@@ -186,12 +202,15 @@ class Runner:
         self._warm_up()
         self.compiler.wait(progress)
 
-    def prepare(self, updates: Sequence[RequestUpdate]) -> None:
-        """Begins what the next step of these requests needs, while the host does something else."""
-        self._masks.begin(update.request for update in updates)
+    def prepare(self) -> None:
+        """Begins the masks of the step under way, on a thread: every plan before it has been applied."""
+        half = self._half_done
+        if half is not None and half.masks is None:
+            half.masks = self._masks.begin(half.late_rows(), half.num_seqs)
 
     def execute(self, plan: Plan) -> Pending:
         """Launches a plan and returns without waiting for the device."""
+        self._complete()
         for request in plan.released:
             self._release(request)
         if plan.copies_out or plan.copies_in:
@@ -209,11 +228,28 @@ class Runner:
         return launched.pending
 
     def advance(self) -> None:
-        """Takes what is under way on by one stage, with nothing new in the first."""
-        self._launch_step(None)
+        """Completes a step that is half done, or else takes what is under way on by one stage."""
+        if self._half_done is not None:
+            self._complete()
+        else:
+            self._launch_step(None)
+
+    def _complete(self) -> None:
+        """Samples what the last step left out; nothing happens where it left out nobody."""
+        half, self._half_done = self._half_done, None
+        if half is None:
+            return
+        late = half.late_rows()
+        for write in self._slots.admit_late(row.request for row in late):
+            self.executor.launch(write)
+        masks = self._masks.of(late, half.num_seqs) if half.masks is None else half.masks.result()
+        arrays = zip(*(batch.late_arrays() for batch in half.batches), strict=True)
+        integers, floats = (_one_after_the_other(list(of_replicas)) for of_replicas in arrays)
+        output = self.executor.launch(SampleLate(half.num_seqs, integers, floats, masks))
+        half.pending.output = output
 
     def _launch_step(self, entering: Launched | None) -> None:
-        """One step of all stages; the plan that is in the last of them is complete with it."""
+        """One step of all stages; the plan in the last of them is complete with it, but for its late rows."""
         stages = self._stages
         stages.pop()
         stages.appendleft(entering)
@@ -226,6 +262,7 @@ class Runner:
                 max(launched.num_tokens for launched in under_way),
                 max(launched.num_seqs for launched in under_way),
                 all(launched.decode_only for launched in under_way),
+                late=any(launched.late for launched in under_way),
             )
         batches = [
             [HostBatch(shape, self._slots.padding_slot)] * self._replicas
@@ -235,20 +272,23 @@ class Runner:
         ]
         integers = [_one_after_the_other([batch.integers for batch in of_stage]) for of_stage in batches]
         floats = [_one_after_the_other([batch.floats for batch in of_stage]) for of_stage in batches]
+        output = self.executor.launch(RunStep(shape, _stacked(integers), _stacked(floats)))
         leaving = stages[-1]
-        masks = None if leaving is None else leaving.masks
         if leaving is not None and leaving.shape != shape:
             leaving.packed.move(leaving.shape, shape)
-            masks = None if masks is None else self._masks.resized(masks, shape.num_seqs)
-        output = self.executor.launch(RunStep(shape, _stacked(integers), _stacked(floats), masks))
         if leaving is not None:
-            leaving.pending.output = output
+            if leaving.late:
+                rows = late_rows(leaving.plan, leaving.packed)
+                self._half_done = HalfDone(leaving.pending, batches[-1], rows)
+            else:
+                leaving.pending.output = output
             self._slots.free(leaving.slots)
 
     def _empty_stages(self) -> None:
         """Takes everything that is under way through the last stage."""
         while any(launched is not None for launched in list(self._stages)[:-1]):
             self.advance()
+        self._complete()
 
     def _release(self, request: Request) -> None:
         """Frees the slot of a request that stopped running: now, or once a token still wanted was sampled.
@@ -279,15 +319,20 @@ class Runner:
         """A plan as arrays, for each replica its part; all in the shape that the fullest of them needs."""
         num_tokens = max(0 if part is None else part.num_tokens for part in plan.of_replicas)
         num_seqs = max(map(len, parts))
-        packed = Packed(self._replicas, any(map(_reports_prompt, plan.scheduled)))
+        packed = Packed(self._replicas, any(map(reports_prompt, plan.scheduled)))
         decode_only = plan.num_tokens == len(plan.scheduled) and not packed.reports_prompts
-        shape = self.compiler.choose(num_tokens, num_seqs, decode_only)
-        batches = [self._fill(scheduled, shape, packed, replica) for replica, scheduled in enumerate(parts)]
-        masks = self._masks.of(plan.scheduled, packed.rows, shape.num_seqs)
+        late = any(map(is_late, plan.scheduled))
+        shape = self.compiler.choose(num_tokens, num_seqs, decode_only, late=late)
+        batches = []
+        for replica, scheduled in enumerate(parts):
+            batch = HostBatch(shape, self._slots.padding_slot)
+            fill_batch(batch, scheduled, self._slots, packed, replica)
+            batches.append(batch)
+        packed.wants_logprobs = any(self._wants_more(entry.request) for entry in plan.scheduled)
         for batch in batches:
-            batch.flags[:] = packed.wants_logprobs, packed.reports_prompts, masks is not None
+            batch.flags[:] = packed.wants_logprobs, packed.reports_prompts
         pending = self._pending(plan, shape, packed)
-        return Launched(plan, shape, batches, num_tokens, num_seqs, decode_only, masks, packed, pending)
+        return Launched(plan, shape, batches, num_tokens, num_seqs, decode_only, late, packed, pending)
 
     def run(self, command: Command) -> Any:
         """Does a command on the devices of this process, without waiting for them.
@@ -296,13 +341,19 @@ class Runner:
             The output of a step; of `WakeUp` whether all is awake; otherwise None.
         """
         match command:
-            case RunStep(shape, integers, floats, masks):
+            case RunStep(shape, integers, floats):
                 run = self.compiler.executable(shape)
-                allowed = self._masks.unused(shape.num_seqs) if masks is None else masks
                 cache = _as_taken(self._kv_pages, self._hidden)
-                cache, self._state, output = run(self._params, cache, self._state, integers, floats, allowed)
+                self._sampled = None  # Its memory is what the next logits take.
+                cache, self._state, *self._sampled = run(self._params, cache, self._state, integers, floats)
                 self._kv_pages, self._hidden = (cache, None) if self._hidden is None else cache
-                return output
+                return self._sampled[0]
+            case SampleLate(num_seqs, integers, floats, masks):
+                run, (output, logits) = self.compiler.executable(LateShape(num_seqs)), self._sampled
+                self._sampled = None
+                allowed = self._masks.unrestricted(num_seqs) if masks is None else masks
+                self._state, *sampled = run(self._state, logits, integers, floats, allowed, *output[:2])
+                return StepOutput(*sampled, output.prompt_logprobs)
             case WriteCounts() | WriteBias():
                 self._state = self._rows.write(self._state, command)
             case CopyPages(out, into):
@@ -319,59 +370,6 @@ class Runner:
                     self._sleep = None
                 return self._sleep is None
         return None
-
-    def _fill(
-        self, scheduled: Sequence[ScheduledRequest], shape: StepShape, packed: Packed, replica: int
-    ) -> HostBatch:
-        """What a replica has to do as arrays; notes where everything stands."""
-        batch = HostBatch(shape, self._slots.padding_slot)
-        count = len(scheduled)
-        rows, first_token = self._slots.of(scheduled), replica * shape.num_tokens
-        starts, tokens = [0], []
-        lengths, rope_lengths, samples, drawn = [], [], [], []
-        for entry in scheduled:
-            request, start, num_tokens, is_sampled = entry
-            end = start + num_tokens
-            known = request.token_ids[start:end]
-            tokens += known
-            if len(known) < num_tokens:
-                tokens.append(-1)  # its newest token is still on the device
-            if packed.reports_prompts and _reports_prompt(entry):
-                first = starts[-1]
-                targets = request.prompt_token_ids[start + 1 : end + 1]
-                batch.targets[first : first + len(targets)] = targets
-                packed.prompt_rows[len(packed.token_rows)] = first_token + first
-            if request.token_type_ids is not None:
-                types = request.token_type_ids[start:end]
-                batch.targets[starts[-1] : starts[-1] + num_tokens] = types
-            packed.wants_logprobs |= self._wants_more(request)
-            packed.token_rows.append(first_token + starts[-1])
-            starts.append(starts[-1] + num_tokens)
-            lengths.append(end)
-            rope_lengths.append(request.num_prompt_tokens)
-            samples.append(is_sampled)
-            drawn.append(end - request.num_prompt_tokens)
-        packed.rows += range(replica * shape.num_seqs, replica * shape.num_seqs + count)
-        total = starts[-1]
-        batch.token_ids[:total] = tokens
-        batch.query_starts[: count + 1] = starts
-        batch.query_starts[count + 1 :] = total
-        query_lens = np.diff(batch.query_starts[: count + 1])
-        first_positions = np.asarray(lengths, np.int32) - query_lens
-        batch.positions[:total] = np.arange(total) + np.repeat(
-            first_positions - batch.query_starts[:count], query_lens
-        )
-        column = batch.column
-        column["seq_lens"][:count] = lengths
-        column["rope_lengths"][:count] = rope_lengths
-        column["slots"][:count] = np.asarray(rows, np.int32) - replica * self._slots.rows_per_replica
-        column["samples"][:count] = samples
-        column["positions"][:count] = drawn
-        for name in ("seeds", "top_k", "penalties", "bias"):
-            column[name][:count] = self._slots.integers[name][rows]
-        batch.seq_floats[:, :count] = self._slots.floats[:, rows]
-        batch.page_table[:count] = self._slots.page_table[rows]
-        return batch
 
     def sleep(self, level: int) -> None:
         """Lets go of the cache and, to the host's memory (level 1) or for good (level 2), of the weights."""

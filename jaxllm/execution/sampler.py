@@ -108,9 +108,8 @@ def sample(
     logits: jax.Array,
     inputs: SamplingInputs,
     state: SamplerState,
-    token_masks: jax.Array,
+    token_masks: jax.Array | None = None,
     *,
-    has_token_masks: jax.Array,
     num_logprobs: int,
     wants_logprobs: jax.Array,
     logprobs_mode: LogprobsMode,
@@ -121,7 +120,6 @@ def sample(
     Args:
         logits: float32[S, V].
         token_masks: int32[S, ceil(V / 32)], in bit v % 32 of word v // 32 whether token v is allowed.
-        has_token_masks: bool scalar; where false the masks are not looked at.
         num_logprobs: most probable tokens to report, k.
         wants_logprobs: bool scalar; where false the log-probabilities are zeros, at no cost.
         logprobs_mode: "raw" ones are of the model's logits as they come, "processed" ones of what is drawn
@@ -145,7 +143,8 @@ def sample(
         lambda x: x,
         logits,
     )
-    logits = lax.cond(has_token_masks, lambda x: mask_tokens(x, token_masks), lambda x: x, logits)
+    if token_masks is not None:
+        logits = mask_tokens(logits, token_masks)
     greedy = greedy_token(logits)
     is_random = inputs.temperature >= GREEDY_BELOW
     reports_processed = logprobs_mode.startswith("processed")
@@ -177,11 +176,8 @@ def sample(
         state.in_prompt,
         state.logit_bias,
     )
-    token = lax.cond(
-        has_token_masks,
-        lambda: jnp.where(logits.max(axis=1) > -jnp.inf, token, NO_TOKEN),
-        lambda: token,
-    )
+    if token_masks is not None:
+        token = jnp.where(logits.max(axis=1) > -jnp.inf, token, NO_TOKEN)
     return token, logprobs, state
 
 

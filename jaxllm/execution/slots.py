@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -72,15 +72,23 @@ class SlotTable:
                 slot = self._enter(request, replica)
                 if self.integers["penalties"][slot]:
                     writes.append(self._token_counts(slot, request))
-            if request in self._bias_of:
-                row = self._bias_of[request].row_if_changed(request, start + num_tokens)
-                if row is not None:
-                    writes.append(WriteBias(slot, row))
+            if not request.needs_host_tokens:
+                writes += self._bias(request, start + num_tokens)
             known, pages = self._num_pages[slot], request.pages
             if len(pages) > known:
                 self.page_table[slot, known : len(pages)] = pages[known:]
                 self._num_pages[slot] = len(pages)
         return writes
+
+    def admit_late(self, requests: Iterable[Request]) -> list[WriteBias]:
+        """The rows that the device has to write before it samples late for these requests."""
+        return [write for request in requests for write in self._bias(request, len(request.token_ids))]
+
+    def _bias(self, request: Request, length: int) -> list[WriteBias]:
+        """What has to be written before the token is sampled that follows so many."""
+        bias = self._bias_of.get(request)
+        row = None if bias is None else bias.row_if_changed(request, length)
+        return [] if row is None else [WriteBias(self._slot_of[request], row)]
 
     def _enter(self, request: Request, replica: int) -> int:
         slot = self._slot_of[request] = self._free[replica].pop()

@@ -34,6 +34,7 @@ from jaxllm.scheduling.swap import SwapSpace
 from jaxllm.scheduling.views import RequestView, StepView
 
 _by_key = attrgetter("key")
+_NO_TOKEN = "no token satisfies all of min_tokens, allowed_token_ids, bad_words and stop_token_ids."
 
 
 class Scheduler:
@@ -151,7 +152,7 @@ class Scheduler:
             max_length=max_length,
             hasher=hasher,
             reads_cache=hasher is not None and may_read_cache(request),
-            overlaps=self.config.reschedule_in_flight and not request.needs_host_tokens,
+            overlaps=self.config.reschedule_in_flight,
         )
         self._next_order += 1
         self._sequences[request.request_id] = sequence
@@ -509,12 +510,13 @@ class Scheduler:
         request = sequence.request
         request.num_pending_tokens -= 1
         for count, token_id in enumerate(token_ids):
-            if request.grammar is not None:
-                request.error = request.grammar.accept(token_id)
-                if request.error is not None:
-                    sequence.register_pages(self._pool)
-                    self._finish(sequence, RequestStatus.FINISHED_ERROR, None)
-                    return token_ids[:count]
+            request.error = None if request.grammar is None else request.grammar.accept(token_id)
+            if request.error is None and token_id < 0:
+                request.error = _NO_TOKEN
+            if request.error is not None:
+                sequence.register_pages(self._pool)
+                self._finish(sequence, RequestStatus.FINISHED_ERROR, None)
+                return token_ids[:count]
             request.token_ids.append(token_id)
             end = sequence.stops.check()
             if end is not None:

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import fields
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxllm.execution.batch import FLOATS, INTEGERS, DeviceBatch, HostBatch, StepShape, unpack
+from jaxllm.execution.batch import (
+    FLOATS,
+    INTEGERS,
+    SAMPLES,
+    SAMPLES_LATE,
+    DeviceBatch,
+    HostBatch,
+    StepShape,
+    unpack,
+    unpack_late,
+)
 from jaxllm.execution.pending import Packed
-from jaxllm.execution.token_masks import TokenMasks
 
 SHAPES = [StepShape(7, 3, 4, False), StepShape(3, 3, 1, True), StepShape(1, 1, 2, True)]
 _unpack = jax.jit(unpack, static_argnames="shape")
@@ -42,20 +53,29 @@ def test_round_trip(shape: StepShape, data: st.DataObject) -> None:
     batch.seq_integers[column("slots")] = rng.permutation(shape.num_seqs)
     seeds = rng.integers(0, 2**32, shape.num_seqs, dtype=np.uint64).astype(np.uint32)
     batch.seq_integers[column("seeds")] = seeds.view(np.int32)
-    for name in ("samples", "penalties", "bias"):
+    for name in ("penalties", "bias"):
         batch.seq_integers[column(name)] = rng.integers(0, 2, shape.num_seqs)
+    samples = batch.seq_integers[column("samples")] = rng.integers(0, 3, shape.num_seqs, np.int32)
     batch.query_starts[1:] = np.sort(rng.integers(0, shape.num_tokens + 1, shape.num_seqs))
-    batch.flags[:] = rng.integers(0, 2, 3)
+    batch.flags[:] = rng.integers(0, 2, 2)
 
     device = unpacked(batch, np.full(shape.num_seqs + 1, 99, np.int32), shape)
-    flags = (device.wants_logprobs, device.wants_prompt_logprobs, device.has_token_masks)
+    flags = (device.wants_logprobs, device.wants_prompt_logprobs)
     assert [bool(flag) for flag in flags] == batch.flags.tolist()
     np.testing.assert_array_equal(device.targets, batch.targets)
     for name in ("token_ids", "positions", "page_table", "query_starts"):
         np.testing.assert_array_equal(getattr(device.tokens, name), getattr(batch, name))
     np.testing.assert_array_equal(device.tokens.seq_lens, batch.seq_integers[column("seq_lens")])
-    for name in ("slots", "samples", "positions", "top_k"):
+    for name in ("slots", "positions", "top_k"):
         np.testing.assert_array_equal(getattr(device.sampling, name), batch.seq_integers[column(name)])
+    np.testing.assert_array_equal(device.sampling.samples, samples == SAMPLES)
+    late, wants_logprobs = unpack_late(*map(jnp.asarray, batch.late_arrays()))
+    np.testing.assert_array_equal(late.samples, samples == SAMPLES_LATE)
+    assert bool(wants_logprobs) == batch.flags[0]
+    for field in fields(late):
+        if field.name != "samples":
+            ours, theirs = getattr(late, field.name), getattr(device.sampling, field.name)
+            np.testing.assert_array_equal(ours, theirs)
     for ours, name in (("uses_penalties", "penalties"), ("uses_bias", "bias")):
         np.testing.assert_array_equal(getattr(device.sampling, ours), batch.seq_integers[column(name)])
     np.testing.assert_array_equal(device.sampling.seeds, seeds)
@@ -73,7 +93,7 @@ def random_batch(rng: np.random.Generator, shape: StepShape, lengths: list[int])
     batch.seq_integers[:, : len(lengths)] = rng.integers(1, 9, (len(INTEGERS), len(lengths)))
     batch.page_table[: len(lengths)] = rng.integers(1, 99, (len(lengths), shape.pages_per_seq))
     batch.seq_floats[:, : len(lengths)] = rng.normal(size=(len(FLOATS), len(lengths)))
-    batch.flags[:] = rng.integers(0, 2, 3)
+    batch.flags[:] = rng.integers(0, 2, 2)
     return batch
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxllm.execution.batch import StepShape
-from jaxllm.execution.buckets import choose, num_covering, step_shapes
+from jaxllm.execution.batch import LateShape, StepShape
+from jaxllm.execution.buckets import choose, num_covering, step_shapes, with_late_shapes
 
 LIMITS = st.tuples(st.integers(1, 300), st.integers(1, 5000)).map(lambda t: (min(t), max(t)))
 
@@ -23,6 +23,26 @@ def test_every_plan_fits_the_covering_shapes(limits: tuple[int, int], data: st.D
         assert shape is not None
         assert shape.num_tokens >= num_tokens and shape.num_seqs >= num_seqs and shape.pages_per_seq == 7
         assert decode_only or not shape.decode_only
+
+
+@given(LIMITS, st.data())
+def test_what_samples_late_is_there_where_it_is_needed(limits: tuple[int, int], data: st.DataObject) -> None:
+    max_num_seqs, max_tokens = limits
+    shapes = step_shapes(max_num_seqs, max_tokens, 7)
+    programs, num_first = with_late_shapes(shapes)
+    assert len(set(programs)) == len(programs)
+    assert [one for one in programs if isinstance(one, StepShape)] == shapes
+    assert {one for one in programs if isinstance(one, LateShape)} == {LateShape(s.num_seqs) for s in shapes}
+    assert num_first == num_covering(shapes) + 1
+    num_tokens = data.draw(st.integers(1, max_tokens))
+    num_seqs = data.draw(st.integers(1, min(num_tokens, max_num_seqs)))
+    decode_only = num_tokens == num_seqs and data.draw(st.booleans())
+    plan = num_tokens, num_seqs, decode_only
+    ready = programs[: data.draw(st.integers(num_first, len(programs)))]
+    late = choose(ready, *plan, late=True)
+    assert late is not None and LateShape(late.num_seqs) in ready
+    assert choose(programs, *plan, late=True) == choose(programs, *plan) == choose(shapes, *plan)
+    assert choose(shapes, *plan, late=True) is None
 
 
 @given(LIMITS, st.data())

@@ -169,16 +169,15 @@ def run(
         empty = inputs_of([Params()] * padding, 0, 0, slots=[4] * padding, samples=[False] * padding)
         inputs = jax.tree.map(lambda *xs: np.concatenate(xs), inputs, empty)
         logits = np.concatenate([logits, np.zeros((padding, logits.shape[1]), np.float32)])
-    # Without masks there are bits all the same, which nobody is to look at.
-    masks = np.zeros((len(logits), -(-logits.shape[1] // 32)), np.int32)
+    masks = None
     if allowed is not None:
+        masks = np.zeros((len(logits), -(-logits.shape[1] // 32)), np.int32)
         masks[:count] = pack(allowed)
     token, logprobs, state = _sample(
         logits,
         inputs,
         state,
         masks,
-        has_token_masks=np.bool_(allowed is not None),
         num_logprobs=min(num_logprobs, logits.shape[1]),
         wants_logprobs=np.bool_(wants),
         logprobs_mode=mode,

@@ -1,4 +1,4 @@
-"""Masks begun early are those that would be filled late, whoever takes part in the next plan."""
+"""Masks of a step are those of its grammars, each in its row, whoever is beside them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from jaxllm.demo import demo_model_path
+from jaxllm.execution.pending import LateRow
 from jaxllm.execution.token_masks import TokenMasks
-from jaxllm.request import Request, RequestStatus
+from jaxllm.request import Request
 from jaxllm.sampling_params import SamplingParams
-from jaxllm.scheduling.plan import ScheduledRequest
 from jaxllm.structured_outputs import StructuredOutputsParams
 from jaxllm.text.grammar import GrammarCompiler, GrammarMatcher, fill_masks
 from jaxllm.text.tokenizer import get_tokenizer
@@ -29,7 +29,7 @@ def request(name: str, pattern: str | None, starts_after: list[int] | None = Non
     grammar = None
     if pattern is not None:
         grammar = compiler().compile(StructuredOutputsParams(regex=pattern)).fork(starts_after or [])
-    return Request(name, [1, 2], SamplingParams(), grammar=grammar)
+    return Request(name, [1, 2], SamplingParams(), grammar=grammar, needs_host_tokens=True)
 
 
 def expected(one: Request) -> np.ndarray:
@@ -39,60 +39,34 @@ def expected(one: Request) -> np.ndarray:
     return row[0]
 
 
-def scheduled(requests: list[Request], samples: bool = True) -> list[ScheduledRequest]:
-    return [ScheduledRequest(r, 0, 2, samples) for r in requests]
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_masks_begun_early_or_late_are_the_same(seed: int) -> None:
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("num_logits", [VOCAB_SIZE, VOCAB_SIZE + 512])
+def test_masks_begun_early_or_late_are_the_same(seed: int, num_logits: int) -> None:
+    """A mesh may fill the vocabulary up; what nobody can draw is allowed."""
     rng = random.Random(seed)
-    masks = TokenMasks(VOCAB_SIZE)
+    masks = TokenMasks(VOCAB_SIZE, num_logits, replicas=3)
     requests = [request(str(i), rng.choice([None, "[a-c]+", "x|y", r"\d+"])) for i in range(12)]
     requests.append(request("later", "a", starts_after=[5]))
     for _ in range(5):
-        planned = rng.sample(requests, 7)
+        planned = [*rng.sample(requests[:-1], 6), requests[-1]]
         rows = rng.sample(range(9), 7)
-        made = masks.of(scheduled(planned), rows, 9)
-        assert (made is not None) == any(r.grammar is not None for r in planned)
-        if made is not None:
-            np.testing.assert_array_equal(made[rows], np.stack([expected(r) for r in planned]))
-            assert (np.delete(made, rows, axis=0) == -1).all()
+        late = [LateRow(one, row, 2) for one, row in zip(planned, rows, strict=True)]
+        made = masks.of(late, 3) if rng.random() < 0.5 else masks.begin(late, 3).result()
+        assert made is not None and made.shape == masks.abstract(3).shape
+        width = VOCAB_SIZE // 32
+        np.testing.assert_array_equal(made[rows, :width], np.stack([expected(r) for r in planned]))
+        assert (np.delete(made, rows, axis=0) == -1).all() and (made[:, width:] == -1).all()
         for one in planned:
             if one.grammar is not None:
                 allowed = np.unpackbits(expected(one).view(np.uint8), bitorder="little")
-                token = int(rng.choice(np.flatnonzero(allowed)))
-                one.grammar.accept(token)
-        masks.begin(rng.sample(requests, 9))
-        if rng.random() < 0.3:
-            masks.begin(planned)
+                one.grammar.accept(int(rng.choice(np.flatnonzero(allowed))))
     masks.close()
 
 
-def test_nobody_who_asks_for_nothing_is_sent_anything() -> None:
-    """Also a prompt that is not complete yet needs no mask; the same array is given again."""
+def test_bad_words_alone_need_no_masks() -> None:
+    """What is sampled late for another reason takes masks that are on the device already."""
     masks = TokenMasks(VOCAB_SIZE)
-    free, bound = request("free", None), request("bound", "a")
-    assert masks.of(scheduled([free]), [0], 4) is None
-    assert masks.of(scheduled([free, bound], samples=False), [0, 1], 4) is None
-    first = masks.unused(4)
-    assert masks.unused(4) is first
+    assert masks.of([LateRow(request("words", None), 0, 2)], 4) is None
+    first = masks.unrestricted(4)
+    assert masks.unrestricted(4) is first and (np.asarray(first) == -1).all()
     assert first.shape == masks.abstract(4).shape and first.dtype == masks.abstract(4).dtype
-
-
-def test_no_mask_is_begun_for_who_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    masks = TokenMasks(VOCAB_SIZE)
-    done, going = request("done", "a"), request("going", "b")
-    done.status = RequestStatus.FINISHED_STOPPED
-    filled: list[str] = []
-    inner = masks._fill
-
-    def fill(requests: list[Request]) -> dict[Request, np.ndarray]:
-        filled.extend(r.request_id for r in requests)
-        return inner(requests)
-
-    monkeypatch.setattr(masks, "_fill", fill)
-    masks.begin([done, going, request("free", None)])
-    made = masks.of(scheduled([going]), [0], 1)
-    assert made is not None
-    assert filled == ["going"]
-    np.testing.assert_array_equal(made[0], expected(going))

@@ -15,6 +15,7 @@ from jaxllm.execution.commands import (
     Command,
     CopyPages,
     RunStep,
+    SampleLate,
     SleepAt,
     WakeUp,
     WriteBias,
@@ -50,8 +51,10 @@ def random_command(rng: np.random.Generator) -> Command:
             batch = HostBatch(shape, shape.num_seqs)
             batch.integers[rng.random(len(batch.integers)) < 0.3] = rng.integers(-5, 2**31 - 1)
             batch.floats[:] = rng.choice([1.0, np.nan, -0.0, np.inf], len(batch.floats))
+            if rng.random() < 0.5:
+                return RunStep(shape, batch.integers, batch.floats)
             masks = rng.integers(-(2**31), 2**31, (shape.num_seqs, 19)).astype(np.int32)
-            return RunStep(shape, batch.integers, batch.floats, masks if rng.random() < 0.5 else None)
+            return SampleLate(shape.num_seqs, *batch.late_arrays(), masks if rng.random() < 0.5 else None)
 
 
 def same(one: object, other: object) -> bool:

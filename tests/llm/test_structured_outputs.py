@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from jaxllm import LLM, BeamSearchParams, SamplingParams, StructuredOutputsParams
 from jaxllm.errors import InvalidRequestError
+from jaxllm.execution import token_masks
+from jaxllm.execution.commands import Command, RunStep, SampleLate
 from jaxllm.outputs import CompletionOutput, RequestOutput
 from jaxllm.sampling_params import RequestOutputKind
-from jaxllm.scheduling.plan import Plan
 from jaxllm.text.thinking import ThinkingBudget
 from tests.json_schemas import SCHEMAS
 
@@ -150,26 +151,76 @@ def test_who_asks_for_nothing_gets_what_they_would_have_got(llm: LLM) -> None:
     assert all(re.fullmatch("[a-z ]{40,80}", o.outputs[0].text) for o in mixed[4:])
 
 
-def test_everybody_gets_a_token_in_every_step(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step that left the constrained ones out would have them run at half the speed of the others."""
-    scheduler = llm.llm_engine.scheduler
-    planned: list[set[bool]] = []
-    inner = scheduler.schedule
+def test_masks_are_made_while_the_device_computes(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every step: R, the next one runs; a, the tokens before it are taken in; m, masks; L, it is sampled.
 
-    def schedule() -> Plan | None:
-        plan = inner()
-        if plan is not None:
-            sampling = [entry.request for entry in plan.scheduled if entry.samples]
-            planned.append({request.grammar is not None for request in sampling})
-        return plan
+    To wait for the tokens before the step is launched would read "amR".
+    """
+    events: list[str] = []
+    engine = llm.llm_engine
 
-    monkeypatch.setattr(scheduler, "schedule", schedule)
+    def noted(event: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            events.append(event)
+            return call(*args)
+
+        return run
+
+    launch = engine.runner.executor.launch
+
+    def launched(command: Command) -> Callable[[], Any]:
+        events.append({RunStep: "R", SampleLate: "L"}.get(type(command), "?"))
+        return launch(command)
+
+    monkeypatch.setattr(engine.runner.executor, "launch", launched)
+    monkeypatch.setattr(engine.scheduler, "apply", noted("a", engine.scheduler.apply))
+    monkeypatch.setattr(token_masks, "fill_masks", noted("m", token_masks.fill_masks))
     bound = SamplingParams(max_tokens=40, structured_outputs=StructuredOutputsParams(regex="[a-z ]{300}"))
     free = SamplingParams(max_tokens=40, ignore_eos=True)
     outputs = llm.generate(PROMPTS[:2] * 2, [bound, free, free, bound], use_tqdm=False)
+    # Everybody gets a token in every step.
     assert [len(output.outputs[0].token_ids) for output in outputs] == [40] * 4
-    assert planned.count({True, False}) >= 36
-    assert len(planned) <= 48
+    assert "RamL" * 36 in "".join(events) and events.count("R") <= 48
+    events.clear()
+    llm.generate(PROMPTS[:2], free, use_tqdm=False)
+    assert set(events) == {"R", "a"}
+
+
+def test_overlapped_preempted_or_one_after_the_other_they_say_the_same(llm: LLM) -> None:
+    """With everything else that a late sample takes part in."""
+    letters = StructuredOutputsParams(regex="[a-z ]{1000}")
+    common: dict[str, Any] = {"max_tokens": 150, "ignore_eos": True}
+    params = [
+        SamplingParams(**common, seed=1, n=2, structured_outputs=letters, logprobs=2),
+        SamplingParams(**common, seed=2, structured_outputs=letters, repetition_penalty=1.3, top_p=0.9),
+        SamplingParams(**common, seed=3, bad_words=["a", " the"], logprobs=0),
+        SamplingParams(**common, temperature=0, structured_outputs=letters, bad_words=["e"]),
+        SamplingParams(**common, seed=4, presence_penalty=0.5, logprobs=1),
+    ]
+    prompts = [*PROMPTS, PROMPTS[0]]
+
+    def said(engine: LLM) -> list[Any]:
+        outputs = engine.generate(prompts, params, use_tqdm=False)
+        return [
+            (c.token_ids, [{i: e.logprob for i, e in at.items()} for at in c.logprobs or []])
+            for output in outputs
+            for c in output.outputs
+        ]
+
+    expected = said(llm)
+    small = {"max_model_len": 512, "max_num_seqs": 4, "max_num_batched_tokens": 16}
+    # 33 pages are those of one sequence as long as it may be.
+    for changes in (
+        {"num_gpu_blocks_override": 33},
+        {"num_gpu_blocks_override": 33, "async_scheduling": False},
+    ):
+        with LLM(**small, **changes) as other:
+            for (ours, logprobs), (theirs, their_logprobs) in zip(said(other), expected, strict=True):
+                assert ours == theirs
+                for at, there in zip(logprobs, their_logprobs, strict=True):
+                    # A chunk of another size adds up in another order.
+                    assert at == pytest.approx(there, abs=1e-3)
+            assert other.llm_engine.stats().num_preemptions > 0
 
 
 def test_nothing_is_compiled_for_a_grammar(llm: LLM) -> None:

@@ -18,7 +18,6 @@ from jaxllm.execution.abstract import (
     abstract_cache,
     abstract_parameters,
     abstract_state,
-    by_replica,
     lower_step,
 )
 from jaxllm.execution.batch import StepShape
@@ -26,7 +25,6 @@ from jaxllm.execution.layout import Layout, lay_out
 from jaxllm.execution.memory import page_bytes
 from jaxllm.execution.sampler import SamplerState
 from jaxllm.execution.step import step
-from jaxllm.execution.token_masks import TokenMasks
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.decoder import Decoder, DecoderForm
 from jaxllm.models.families import translate_config
@@ -170,9 +168,6 @@ def compile_step(setting: Setting, kind: str) -> CompiledStep:
         cache,
         abstract_state(
             functools.partial(SamplerState.create, setting.num_seqs, vocab_size, setting.data), mesh
-        ),
-        TokenMasks(setting.model.vocab_size, vocab_size, by_replica(decoder), setting.data).abstract(
-            setting.num_seqs
         ),
         shape,
     )

@@ -84,7 +84,6 @@ class Device:
             if end > len(known):
                 assert num_tokens == 1, "only the newest token may still be on the device"
                 assert config.reschedule_in_flight
-                assert not request.needs_host_tokens
             assert end <= config.max_model_len - 1
             assert end <= request.num_prompt_tokens + request.max_tokens - 1
             if not config.enable_chunked_prefill:
@@ -403,7 +402,6 @@ def random_requests(rng: random.Random, config: SchedulerConfig, count: int) -> 
                     priority=rng.randrange(3),
                     cache_salt=salt,
                     group_id=group,
-                    needs_host_tokens=rng.random() < 0.15,
                     ignore_eos=rng.random() < 0.6,
                     min_tokens=rng.randrange(max_tokens + 1) if rng.random() < 0.3 else 0,
                     stop_token_ids=[rng.randrange(VOCABULARY)] if rng.random() < 0.3 else None,

@@ -90,17 +90,16 @@ def test_nothing_to_do_gives_no_plan() -> None:
 # Steps in flight
 
 
-@pytest.mark.parametrize("host", [False, True])
 @pytest.mark.parametrize("reschedule", [False, True])
-def test_a_token_in_flight(reschedule: bool, host: bool) -> None:
+def test_a_token_in_flight(reschedule: bool) -> None:
     scheduler = Scheduler(make_config(reschedule_in_flight=reschedule))
-    request = make_request("a", tokens(3), max_tokens=3, needs_host_tokens=host)
+    request = make_request("a", tokens(3), max_tokens=3)
     scheduler.add(request)
     first = scheduler.schedule()
     assert rows(first) == [("a", 0, 3, True)]
     assert (request.num_tokens, request.num_pending_tokens) == (4, 1)
     second = scheduler.schedule()
-    if not reschedule or host:
+    if not reschedule:
         assert second is None
         assert apply(scheduler, first, [5]) == [("a", [5])]
         second = scheduler.schedule()

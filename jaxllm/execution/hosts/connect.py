@@ -56,6 +56,6 @@ def execute_on_hosts(runner: Runner, hosts: HostGroup, config: EngineConfig) -> 
     timeout = config.distributed_timeout_seconds or DEFAULT_TIMEOUT
     compiler = runner.compiler
     ready = hosts.gather(READY, compiler.ready_numbers())
-    executor = HostsExecutor(runner.run, compiler.shapes, ready, hosts, timeout)
+    executor = HostsExecutor(runner.run, compiler.programs, ready, hosts, timeout)
     runner.executor = executor
     compiler.admits = executor.admits

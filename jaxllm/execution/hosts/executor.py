@@ -21,8 +21,8 @@ import jax
 import numpy as np
 
 from jaxllm.errors import HostError
-from jaxllm.execution.batch import StepShape
-from jaxllm.execution.commands import Command, RunStep
+from jaxllm.execution.batch import Program
+from jaxllm.execution.commands import Command, RunStep, SampleLate
 from jaxllm.execution.hosts.group import HostGroup
 from jaxllm.execution.hosts.wire import CommandCodec
 from sharding import leave_hosts
@@ -65,7 +65,7 @@ class HostsExecutor:
 
     Args:
         run: does a command on the devices of this host.
-        shapes: of all steps; the others say which of these they have by number.
+        programs: that there are; the others say which of these they have by number.
         ready: numbers of those that each host has from the start.
         hosts: the other hosts.
         timeout: seconds that a command may take.
@@ -77,14 +77,14 @@ class HostsExecutor:
     def __init__(
         self,
         run: Callable[[Command], Any],
-        shapes: Sequence[StepShape],
+        programs: Sequence[Program],
         ready: Sequence[Sequence[int]],
         hosts: HostGroup,
         timeout: float,
     ) -> None:
         self.num_bytes = 0
         self._run = run
-        self._shapes = shapes
+        self._programs = programs
         self._ready_everywhere = self._common(ready)
         self._hosts = hosts
         self._timeout = timeout
@@ -120,12 +120,12 @@ class HostsExecutor:
             pending.set(None, HostError(self._hosts.failure))
         return pending.wait
 
-    def admits(self, shape: StepShape) -> bool:
-        """Whether every host has compiled the step of a shape."""
-        return shape in self._ready_everywhere
+    def admits(self, program: Program) -> bool:
+        """Whether every host has compiled a program."""
+        return program in self._ready_everywhere
 
-    def _common(self, ready: Iterable[Sequence[int]]) -> frozenset[StepShape]:
-        return frozenset(self._shapes[number] for number in frozenset.intersection(*map(frozenset, ready)))
+    def _common(self, ready: Iterable[Sequence[int]]) -> frozenset[Program]:
+        return frozenset(self._programs[number] for number in frozenset.intersection(*map(frozenset, ready)))
 
     def on_failure(self, callback: Callable[[HostError], None]) -> None:
         """See `HostGroup.on_failure`."""
@@ -204,5 +204,6 @@ class HostsExecutor:
 
 def digest_of(command: Command, result: Any) -> bytes:
     """What of a result has to be the same on every host: the tokens that were sampled."""
-    token_ids = getattr(result, "token_ids", None) if isinstance(command, RunStep) else None
+    samples = isinstance(command, RunStep | SampleLate)
+    token_ids = getattr(result, "token_ids", None) if samples else None
     return b"" if token_ids is None else np.asarray(token_ids).tobytes()

@@ -15,7 +15,7 @@ import jax
 import jaxllm
 from jaxllm.config import EngineConfig
 from jaxllm.errors import ConfigError, HostError
-from jaxllm.execution.batch import StepShape
+from jaxllm.execution.batch import Program
 from jaxllm.execution.hosts.group import HostGroup, await_hosts
 from jaxllm.execution.hosts.link import HostLink, connect
 from jaxllm.models.config import ModelConfig
@@ -151,7 +151,7 @@ def follow_host_0(config: EngineConfig) -> tuple[HostLink, EngineConfig]:
 
 
 def agree_on_model(
-    hosts: Hosts, config: EngineConfig, model: ModelConfig, path: Path, shapes: Sequence[StepShape]
+    hosts: Hosts, config: EngineConfig, model: ModelConfig, path: Path, programs: Sequence[Program]
 ) -> None:
     """Makes sure that every host has the same before any of it is run.
 
@@ -168,7 +168,7 @@ def agree_on_model(
         "configuration": _digest(limits),
         "model": _digest(model),
         "weight files": _digest(files),
-        "steps": _digest(list(shapes)),
+        "steps": _digest(list(programs)),
         "kind of device": jax.local_devices()[0].device_kind,
     }
     everyone = hosts.gather("what they run", mine)

@@ -22,6 +22,7 @@ from jaxllm.execution.commands import (
     Command,
     CopyPages,
     RunStep,
+    SampleLate,
     SleepAt,
     WakeUp,
     WriteBias,
@@ -33,7 +34,7 @@ _SIZES = struct.Struct("<II")
 _MOST_HEADER, _MOST_BODY = 64 << 20, 1 << 30
 
 _COMMANDS: dict[str, type[Any]] = {
-    kind.__name__: kind for kind in (RunStep, WriteCounts, WriteBias, CopyPages, SleepAt, WakeUp)
+    kind.__name__: kind for kind in (RunStep, SampleLate, WriteCounts, WriteBias, CopyPages, SleepAt, WakeUp)
 }
 
 
@@ -161,12 +162,13 @@ class CommandCodec:
         return header["number"], kind(*fields)
 
     def _base(self, command: Command, position: int, words: np.ndarray) -> np.ndarray:
-        """What an array is sent as a change of: the last one of a step of that shape, or zeros."""
-        last = self._last.get((command[0], position)) if isinstance(command, RunStep) else None
+        """What an array is sent as a change of: the last one of a step of that size, or zeros."""
+        is_step = isinstance(command, RunStep | SampleLate)
+        last = self._last.get((command[0], position)) if is_step else None
         return np.zeros(len(words), np.uint32) if last is None else last
 
     def _remember(self, command: Command, position: int, words: np.ndarray) -> None:
-        if isinstance(command, RunStep):
+        if isinstance(command, RunStep | SampleLate):
             self._last[command[0], position] = words
 
 

@@ -19,14 +19,11 @@ from jaxllm.execution.abstract import (
     abstract_hidden,
     abstract_parameters,
     abstract_state,
-    by_replica,
-    everywhere,
     lower_step,
 )
 from jaxllm.execution.batch import StepShape
 from jaxllm.execution.sampler import SamplerState
 from jaxllm.execution.step import step
-from jaxllm.execution.token_masks import TokenMasks
 from jaxllm.models.config import ModelConfig, MoEConfig, RopeConfig
 from jaxllm.models.decoder import Decoder, DecoderForm
 from jaxllm.models.pipelined_decoder import make_decoder
@@ -63,7 +60,6 @@ def lower(tensor: int, feature_major: bool, shape: StepShape) -> jax.stages.Lowe
         abstract_parameters(decoder),
         abstract_cache(decoder, PAGES, PAGE_SIZE),
         abstract_state(functools.partial(SamplerState.create, SLOTS, decoder.fitted.vocab_size), mesh),
-        TokenMasks(VOCABULARY, decoder.fitted.vocab_size, everywhere(decoder)).abstract(shape.num_seqs),
         shape,
     )
 
@@ -164,14 +160,12 @@ def pipelined(model: ModelConfig, form: DecoderForm, shape: StepShape) -> str:
     decoder, replicas = make_decoder(model, form), form.axis_size("data")
     vocabulary = decoder.fitted.vocab_size
     state = functools.partial(SamplerState.create, SLOTS, vocabulary, replicas)
-    masks = TokenMasks(VOCABULARY, vocabulary, by_replica(decoder), replicas)
     lowered = lower_step(
         functools.partial(step, decoder=decoder, shape=shape, num_logprobs=5, logprobs_mode="raw_logprobs"),
         decoder,
         abstract_parameters(decoder),
         (abstract_cache(decoder, PAGES, PAGE_SIZE), abstract_hidden(decoder, 20)),
         abstract_state(state, form.mesh),
-        masks.abstract(shape.num_seqs),
         shape,
     )
     return lowered.compile().as_text() or ""

@@ -15,13 +15,11 @@ from jaxllm.execution.abstract import (
     abstract_cache,
     abstract_parameters,
     abstract_state,
-    everywhere,
     lower_step,
 )
 from jaxllm.execution.batch import StepShape
 from jaxllm.execution.sampler import SamplerState
 from jaxllm.execution.step import step
-from jaxllm.execution.token_masks import TokenMasks
 from jaxllm.models.config import MoEConfig
 from jaxllm.models.decoder import Decoder, DecoderForm
 from sharding import make_mesh
@@ -58,7 +56,6 @@ def test_a_layer_of_experts_adds_up_twice_and_moves_none(
         abstract_parameters(decoder),
         abstract_cache(decoder, collectives.PAGES, collectives.PAGE_SIZE),
         abstract_state(functools.partial(SamplerState.create, collectives.SLOTS, vocabulary), form.mesh),
-        TokenMasks(MODEL.vocab_size, vocabulary, everywhere(decoder)).abstract(shape.num_seqs),
         shape,
     )
     compiled = parse(lowered.compile().as_text())

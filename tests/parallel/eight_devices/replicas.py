@@ -21,13 +21,11 @@ from jaxllm.execution.abstract import (
     abstract_cache,
     abstract_parameters,
     abstract_state,
-    by_replica,
     lower_step,
 )
 from jaxllm.execution.batch import StepShape
 from jaxllm.execution.sampler import SamplerState
 from jaxllm.execution.step import step
-from jaxllm.execution.token_masks import TokenMasks
 from jaxllm.layers.expert_exchange import block_size, exchange
 from jaxllm.models.config import ModelConfig, MoEConfig
 from jaxllm.models.decoder import Decoder, DecoderForm
@@ -166,7 +164,6 @@ def compiled(model: ModelConfig, data: int, tensor: int, shape: StepShape, *, cp
         abstract_parameters(decoder),
         abstract_cache(decoder, collectives.PAGES, collectives.PAGE_SIZE),
         abstract_state(state, form.mesh),
-        TokenMasks(model.vocab_size, vocabulary, by_replica(decoder), data).abstract(shape.num_seqs),
         shape,
     )
     return lowered.compile().as_text() or ""
