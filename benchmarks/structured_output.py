@@ -7,6 +7,9 @@ Each sequence writes documents of its form, token by token, at a place of its ow
 does for all of them in one of its own: a mask for each sequence, filled by llguidance's threads, and a token
 for each matcher. Nothing runs on a device. CPU time is that of all threads, which others on the machine do
 not lengthen.
+
+What of it a device waits for is measured with a whole engine and a clock for a device (`masks_overlap.py`):
+where a step needs the masks before it begins, and as it is, where they are made while it runs.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import masks_overlap
 from benchmarks.report import add_output_arguments, print_table, write_json
 from benchmarks.vocabulary import large_tokenizer
 from jaxllm.structured_outputs import StructuredOutputsParams
@@ -116,6 +120,20 @@ FORMS: dict[str, tuple[StructuredOutputsParams, Callable[[random.Random], str]]]
 }
 
 
+# What goes on for longer than is measured; without a constraint for comparison.
+_LONG_FORMS: dict[str, tuple[StructuredOutputsParams | None, Callable[[random.Random], str]]] = {
+    "no form": (None, lambda rng: " ".join(_phrase(rng, 30) for _ in range(40))),
+    "schema": (
+        StructuredOutputsParams(json={"type": "array", "items": _ORDER_SCHEMA}),
+        lambda rng: json.dumps([_order(rng) for _ in range(12)]),
+    ),
+    "regex": (
+        FORMS["regex"][0],
+        lambda rng: ", ".join(_phrase(rng, 6) for _ in range(120)) + ": 2031-01-02.",
+    ),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Cost:
     """What the sequences of one form, or of all of them in turn, cost.
@@ -140,12 +158,19 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """Everything that one run of this benchmark measured."""
+    """Everything that one run of this benchmark measured.
+
+    Attributes:
+        device_ms: what a step takes of the device that waits.
+        waiting: of it, in steps of sequences without a form, and with one.
+    """
 
     vocab_size: int
     sequences: int
     vocabulary_ms: float
     rows: list[Cost]
+    device_ms: float
+    waiting: list[masks_overlap.Waiting]
 
 
 class _Writer:
@@ -234,7 +259,21 @@ def run(options: argparse.Namespace) -> Results:
         measure(form, compiler, encode, options.sequences, min(options.steps, 30), options.seed + 1)
         warm = measure(form, compiler, encode, options.sequences, options.steps, options.seed)
         rows.append(warm)
-    return Results(vocab_size, options.sequences, vocabulary_ms, rows)
+    waiting = [
+        masks_overlap.measure(
+            tokenizer,
+            name,
+            *form,
+            sequences=options.sequences,
+            steps=min(options.steps, 100),
+            step_ms=options.device_ms,
+            masks_first=masks_first,
+            seed=options.seed,
+        )
+        for name, form in _LONG_FORMS.items()
+        for masks_first in ((False,) if form[0] is None else (True, False))
+    ]
+    return Results(vocab_size, options.sequences, vocabulary_ms, rows, options.device_ms, waiting)
 
 
 def print_results(results: Results) -> None:
@@ -259,6 +298,23 @@ def print_results(results: Results) -> None:
         rows,
         note=f"medians; the vocabulary takes {results.vocabulary_ms:.0f} ms, once",
     )
+    waits = {(one.form, one.masks_first): one.idle_ms for one in results.waiting}
+    print_table(
+        f"milliseconds per step that a device waits for the host, its steps taking {results.device_ms:g} ms",
+        ["form", "masks before the step", "p90", "masks during the step", "p90"],
+        [
+            [
+                form,
+                *(
+                    f"{figure(waits[form, first]):.2f}" if (form, first) in waits else ""
+                    for first in (True, False)
+                    for figure in (statistics.median, lambda values: np.percentile(values, 90))
+                ),
+            ]
+            for form in _LONG_FORMS
+        ],
+        note="for all that the host does: planning, packing, masks, taking in, detokenizing; medians",
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -267,6 +323,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--steps", type=int, default=300, help="steps measured for each form")
+    parser.add_argument("--device-ms", type=float, default=15.0, help="of a step, on the clock")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--vocab-size", type=int, default=128_000)
     which.add_argument("--tokenizer", help="directory or hub name, in place of a vocabulary of our own")

@@ -485,6 +485,12 @@ def test_structured_output_counts_every_form(tmp_path: Path, capsys: pytest.Capt
         assert row["form"] in table
         for name in ("fill_ms", "accept_ms", "cpu_ms"):
             assert len(row[name]) == 4 and min(row[name]) >= 0
+    kinds = [(one["form"], one["masks_first"]) for one in costs["waiting"]]
+    assert kinds == [
+        ("no form", False),
+        *((f, first) for f in ("schema", "regex") for first in (True, False)),
+    ]
+    assert all(len(one["idle_ms"]) == 4 and min(one["idle_ms"]) >= 0 for one in costs["waiting"])
 
 
 def test_a_large_vocabulary_is_as_large_as_asked_and_spells_anything(tmp_path: Path) -> None:

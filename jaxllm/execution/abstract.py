@@ -12,7 +12,7 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jaxllm.execution.batch import FLOATS, INTEGERS, StepShape
-from jaxllm.execution.sampler import Logprobs
+from jaxllm.execution.sampler import no_logprobs
 from jaxllm.models.decoder import Decoder
 from jaxllm.models.fitting import parameter_shardings
 from jaxllm.models.parameters import Parameters
@@ -192,22 +192,16 @@ def lower_sample_late(
     def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=batch)
 
-    logits = jax.ShapeDtypeStruct(
-        (rows, decoder.fitted.vocab_size), jnp.float32, sharding=_logits_sharding(decoder)
-    )
+    logits = array(jnp.float32, rows, decoder.fitted.vocab_size)
+    logprobs = jax.eval_shape(lambda: no_logprobs(rows, num_logprobs))
     return jax.jit(run, donate_argnums=0, out_shardings=(shardings_of(state), batch, batch)).lower(
         state,
-        logits,
+        logits.update(sharding=_logits_sharding(decoder)),
         array(jnp.int32, replicas + len(INTEGERS) * rows),
         array(jnp.float32, len(FLOATS) * rows),
         token_masks,
         array(jnp.int32, rows),
-        Logprobs(
-            array(jnp.float32, rows),
-            array(jnp.int32, rows),
-            array(jnp.int32, rows, num_logprobs),
-            array(jnp.float32, rows, num_logprobs),
-        ),
+        jax.tree.map(lambda x: array(x.dtype, *x.shape), logprobs),
     )
 
 

@@ -44,7 +44,7 @@ from jaxllm.execution.sampler import LogprobsMode, SamplerState
 from jaxllm.execution.sleep import Sleep, check_tags
 from jaxllm.execution.slots import SlotTable
 from jaxllm.execution.state_rows import StateRows
-from jaxllm.execution.step import StepOutput, sample_late, step
+from jaxllm.execution.step import sample_late, step
 from jaxllm.execution.token_masks import TokenMasks
 from jaxllm.models.decoder import Decoder
 from jaxllm.models.parameters import Parameters
@@ -173,6 +173,7 @@ class Runner:
 
     def _compile(self, program: Program) -> Any:
         decoder, state = self._decoder, self._abstract_state
+        run: Callable[..., Any]
         if isinstance(program, LateShape):
             run = functools.partial(
                 sample_late,
@@ -352,8 +353,9 @@ class Runner:
                 run, (output, logits) = self.compiler.executable(LateShape(num_seqs)), self._sampled
                 self._sampled = None
                 allowed = self._masks.unrestricted(num_seqs) if masks is None else masks
-                self._state, *sampled = run(self._state, logits, integers, floats, allowed, *output[:2])
-                return StepOutput(*sampled, output.prompt_logprobs)
+                sampled = output.token_ids, output.logprobs
+                self._state, *sampled = run(self._state, logits, integers, floats, allowed, *sampled)
+                return output._replace(token_ids=sampled[0], logprobs=sampled[1])
             case WriteCounts() | WriteBias():
                 self._state = self._rows.write(self._state, command)
             case CopyPages(out, into):

@@ -24,11 +24,12 @@ from tests.json_schemas import SCHEMAS
 
 PROMPTS = ["Q: What is the capital of France?\nA:", "Once upon a time", "def add(a, b):\n", "Who are you?"]
 VOCAB_SIZE = 1536
+SETTINGS: dict[str, Any] = {"max_model_len": 512, "max_num_seqs": 4, "max_num_batched_tokens": 16}
 
 
 @pytest.fixture(scope="module")
 def llm() -> Iterator[LLM]:
-    with LLM(max_model_len=512, max_num_seqs=4, max_num_batched_tokens=16, forbid_recompile=True) as llm:
+    with LLM(**SETTINGS, forbid_recompile=True) as llm:
         yield llm
 
 
@@ -189,7 +190,7 @@ def test_masks_are_made_while_the_device_computes(llm: LLM, monkeypatch: pytest.
 def test_overlapped_preempted_or_one_after_the_other_they_say_the_same(llm: LLM) -> None:
     """With everything else that a late sample takes part in."""
     letters = StructuredOutputsParams(regex="[a-z ]{1000}")
-    common: dict[str, Any] = {"max_tokens": 150, "ignore_eos": True}
+    common: dict[str, Any] = {"max_tokens": 120, "ignore_eos": True}
     params = [
         SamplingParams(**common, seed=1, n=2, structured_outputs=letters, logprobs=2),
         SamplingParams(**common, seed=2, structured_outputs=letters, repetition_penalty=1.3, top_p=0.9),
@@ -208,13 +209,10 @@ def test_overlapped_preempted_or_one_after_the_other_they_say_the_same(llm: LLM)
         ]
 
     expected = said(llm)
-    small = {"max_model_len": 512, "max_num_seqs": 4, "max_num_batched_tokens": 16}
-    # 33 pages are those of one sequence as long as it may be.
-    for changes in (
-        {"num_gpu_blocks_override": 33},
-        {"num_gpu_blocks_override": 33, "async_scheduling": False},
-    ):
-        with LLM(**small, **changes) as other:
+    # Pages for one sequence as long as it may be, which four of these take more than.
+    small: dict[str, Any] = {**SETTINGS, "num_gpu_blocks_override": 33}
+    for overlapped in (True, False):
+        with LLM(**small, async_scheduling=overlapped) as other:
             for (ours, logprobs), (theirs, their_logprobs) in zip(said(other), expected, strict=True):
                 assert ours == theirs
                 for at, there in zip(logprobs, their_logprobs, strict=True):
