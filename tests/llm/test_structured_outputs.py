@@ -190,7 +190,7 @@ def test_masks_are_made_while_the_device_computes(llm: LLM, monkeypatch: pytest.
 def test_overlapped_preempted_or_one_after_the_other_they_say_the_same(llm: LLM) -> None:
     """With everything else that a late sample takes part in."""
     letters = StructuredOutputsParams(regex="[a-z ]{1000}")
-    common: dict[str, Any] = {"max_tokens": 120, "ignore_eos": True}
+    common: dict[str, Any] = {"max_tokens": 40, "ignore_eos": True}
     params = [
         SamplingParams(**common, seed=1, n=2, structured_outputs=letters, logprobs=2),
         SamplingParams(**common, seed=2, structured_outputs=letters, repetition_penalty=1.3, top_p=0.9),
@@ -198,7 +198,8 @@ def test_overlapped_preempted_or_one_after_the_other_they_say_the_same(llm: LLM)
         SamplingParams(**common, temperature=0, structured_outputs=letters, bad_words=["e"]),
         SamplingParams(**common, seed=4, presence_penalty=0.5, logprobs=1),
     ]
-    prompts = [*PROMPTS, PROMPTS[0]]
+    prompts = [(prompt + " ") * 40 for prompt in (*PROMPTS, PROMPTS[0])]
+    prompts = [llm.get_tokenizer().decode(llm.get_tokenizer().encode(prompt)[:150]) for prompt in prompts]
 
     def said(engine: LLM) -> list[Any]:
         outputs = engine.generate(prompts, params, use_tqdm=False)

@@ -195,7 +195,12 @@ def test_grammars_and_bad_words_in_two_replicas(stages: int, monkeypatch: pytest
         SamplingParams(max_tokens=12, temperature=1.0, seed=2, structured_outputs=letters, n=2),
     ]
     prompts = ["Who are you?", "Once upon a time", "Once upon a time", "Q: What"]
-    with LLM(pipeline_parallel_size=stages, data_parallel_size=2, **settings) as llm:
+    settings |= {
+        "data_parallel_size": 2,
+        "pipeline_parallel_size": stages,
+        "tensor_parallel_size": 3 - stages,
+    }
+    with LLM(**settings) as llm:
         outputs = llm.generate(prompts, params, use_tqdm=False)
     texts = [[completion.text for completion in output.outputs] for output in outputs]
     assert json.loads(texts[0][0]).keys() == {"a"}
