@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from jaxllm.engine import Engine
 from jaxllm.serve.config import ServerConfig
 from tests.serve.conftest import Api, serving
 from tests.serve.fake_engine import demo_tokenizer
@@ -63,3 +66,23 @@ def test_with_them_they_are_and_want_a_key(tmp_path: Path) -> None:
         assert "secret" not in shown.text
         for path in ("/pooling", "/classify", "/score", "/rerank"):
             assert api.post(path, {}).status_code == 401
+
+
+def test_a_profile_is_started_once_and_stopped_once(tmp_path: Path) -> None:
+    """By JAX's profiler, of which a process has one: whoever comes at the wrong moment is told so."""
+    with serving(ServerConfig(profile_dir=str(tmp_path))) as api:
+        engine: Any = api.fake
+        engine.start_profile = functools.partial(Engine.start_profile, engine)
+        engine.stop_profile = functools.partial(Engine.stop_profile, engine)
+
+        def refused(path: str, remedy: str) -> None:
+            answer = api.request("POST", path)
+            assert answer.status_code == 400, answer.text
+            assert remedy in answer.json()["error"]["message"]
+
+        for _ in range(2):
+            refused("/stop_profile", "call start_profile first")
+            assert api.request("POST", "/start_profile").status_code == 200
+            refused("/start_profile", "call stop_profile first")
+            assert api.request("POST", "/stop_profile").status_code == 200
+        assert list(tmp_path.rglob("*.xplane.pb"))
