@@ -22,6 +22,8 @@ class PoolingParams:
         task: what is wanted: one vector ("embed"), scores of the labels ("classify"), or either for
             every token ("token_embed", "token_classify").
         skip_reading_prefix_cache: compute the whole prompt even where part of it is cached.
+        prompt_name: of the prompts that a model of sentence-transformers was trained with, which one goes
+            before the text; "" is none of them.
 
     Raises:
         InvalidRequestError: naming the field.
@@ -31,6 +33,7 @@ class PoolingParams:
     dimensions: int | None = None
     task: PoolingTask | None = None
     skip_reading_prefix_cache: bool | None = None
+    prompt_name: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("use_activation", "skip_reading_prefix_cache"):
@@ -41,6 +44,10 @@ class PoolingParams:
             raise InvalidRequestError(
                 f"dimensions must be an integer of at least 1, or None; got {self.dimensions!r}.",
                 param="dimensions",
+            )
+        if self.prompt_name is not None and not isinstance(self.prompt_name, str):
+            raise InvalidRequestError(
+                f"prompt_name must be a string or None; got {self.prompt_name!r}.", param="prompt_name"
             )
         if self.task is not None and self.task not in POOLING_TASKS:
             raise InvalidRequestError(

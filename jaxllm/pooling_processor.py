@@ -40,6 +40,27 @@ def supported_tasks(model: ModelConfig) -> tuple[str, ...]:
     return ("classify", "token_classify") if model.pooler.labels else ("embed", "token_embed")
 
 
+def prompted(pooler: Pooler, text: str, prompt_name: str | None) -> str:
+    """A text behind one of the prompts that a model was trained with.
+
+    Args:
+        prompt_name: None is the model's default; "" is none.
+
+    Raises:
+        InvalidRequestError: the model has none of that name.
+    """
+    name = pooler.default_prompt if prompt_name is None else prompt_name
+    if not name:
+        return text
+    prompts = dict(pooler.prompts)
+    if name not in prompts:
+        known = ", ".join(map(repr, prompts)) or "none"
+        raise InvalidRequestError(
+            f"prompt_name={name!r}: prompts of this model are {known}.", param="prompt_name"
+        )
+    return prompts[name] + text
+
+
 def process_pooling(
     processor: InputProcessor,
     model: ModelConfig,
@@ -67,7 +88,15 @@ def process_pooling(
         token_types = as_token_ids(given.pop("token_type_ids"))
         prompt = given  # type: ignore[assignment]
     text, given_ids, own_salt = split_prompt(prompt)
-    token_ids = processor.tokenize(text or "") if given_ids is None else as_token_ids(given_ids)
+    if given_ids is None:
+        text = prompted(pooler, text or "", params.prompt_name)
+        token_ids = processor.tokenize(text)
+    else:
+        if params.prompt_name is not None:
+            raise InvalidRequestError(
+                "prompt_name goes before a text, and token ids are given; leave it out.", param="prompt_name"
+            )
+        token_ids = as_token_ids(given_ids)
     processor.check_prompt(token_ids, given=given_ids is not None, room=0)
     if token_types is not None:
         _check_token_types(token_types, len(token_ids), model.num_token_types)
@@ -107,7 +136,7 @@ def _check_params(params: PoolingParams, model: ModelConfig, pooler: Pooler) -> 
         raise InvalidRequestError(
             "dimensions belongs to embeddings, and this model classifies.", param="dimensions"
         )
-    full = model.hidden_size
+    full = pooler.width(model.hidden_size)
     if params.dimensions == full:
         return params
     if pooler.matryoshka is None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import mmap
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,12 +47,15 @@ class StoredTensor:
 class SafetensorsCheckpoint:
     """The tensors of a model directory, read part by part.
 
+    Args:
+        folders: of the directory, with more of them; their names begin with that of the folder.
+
     Raises:
         CheckpointError: no weights, weights in another format, an index that is malformed or does
             not fit its files, a missing shard, a truncated or corrupt file, a duplicate tensor.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, folders: Sequence[str] = ()) -> None:
         self.directory = directory
         self.tensors: dict[str, StoredTensor] = {}
         self._mappings: dict[Path, mmap.mmap] = {}
@@ -66,6 +69,9 @@ class SafetensorsCheckpoint:
                         f"{directory}; delete the file that does not belong to this checkpoint"
                     )
                 self.tensors[name] = tensor
+        for folder in folders:
+            for file in _find_files(directory / folder):
+                self.tensors |= {f"{folder}/{name}": t for name, t in _read_header(file).items()}
         for name, file_name in index.items():
             stored = self.tensors.get(name)
             if stored is None or stored.file.name != file_name:

@@ -38,6 +38,21 @@ class RopeConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class Projection:
+    """A dense layer after the pooling, as sentence-transformers has it.
+
+    Attributes:
+        folder: of the model's directory, that holds its weights.
+    """
+
+    folder: str
+    in_features: int
+    out_features: int
+    bias: bool
+    activation: Literal["identity", "tanh", "gelu", "relu", "silu", "sigmoid"]
+
+
+@dataclass(frozen=True, slots=True)
 class Pooler:
     """What a pooling model makes of the hidden states after its last layer.
 
@@ -51,6 +66,9 @@ class Pooler:
         normalize: whether embeddings have length 1, where a request does not say otherwise.
         matryoshka: whether an embedding may be cut to fewer dimensions (Kusupati et al. 2022), and to
             which; an empty tuple is any.
+        projections: layers after the pooling, of a model that embeds.
+        prompts: names and texts that may go before an input, as the model was trained.
+        default_prompt: which of them does, where a request does not say otherwise.
     """
 
     pooling: Literal["last", "first", "mean"] = "last"
@@ -60,6 +78,13 @@ class Pooler:
     activation: Literal["softmax", "sigmoid", "identity"] = "softmax"
     normalize: bool = True
     matryoshka: tuple[int, ...] | None = None
+    projections: tuple[Projection, ...] = ()
+    prompts: tuple[tuple[str, str], ...] = ()
+    default_prompt: str | None = None
+
+    def width(self, hidden_size: int) -> int:
+        """Of an embedding."""
+        return self.projections[-1].out_features if self.projections else hidden_size
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,18 +10,13 @@ from typing import Any
 from jaxllm.errors import ConfigError, UnsupportedModelError
 from jaxllm.models.config import ModelConfig, Pooler
 from jaxllm.models.fields import ConfigFields
+from jaxllm.models.sentence_transformers import add_modules, read_modules, trained_length
 
 _CLASSIFIER = "ForSequenceClassification"
 _ACTIVATION_OF_PROBLEM = {
     "regression": "identity",
     "single_label_classification": "softmax",
     "multi_label_classification": "sigmoid",
-}
-# Keys of sentence-transformers' pooling config that may be true, and what they mean here.
-_POOLING_MODES = {
-    "pooling_mode_cls_token": "first",
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_lasttoken": "last",
 }
 _POOLING_TYPES = {"LAST": "last", "CLS": "first", "MEAN": "mean"}
 
@@ -76,7 +70,7 @@ def resolve_pooling(
         ConfigError: the arguments contradict each other or the model.
         UnsupportedModelError: the model pools in a way that is not served.
     """
-    modules = _read_json(path / "modules.json")
+    modules = read_modules(path)
     pools = config.pooler is not None or modules is not None
     if runner == "generate" and config.pooler is not None:
         raise ConfigError(
@@ -108,57 +102,18 @@ def resolve_pooling(
         )
     pooler = config.pooler or Pooler("last")
     if modules is not None:
-        config = replace(config, max_position_embeddings=_trained_length(config, path))
+        config = replace(config, max_position_embeddings=trained_length(config, path))
     if modules is not None and not pooler.labels:
-        pooler = _of_modules(pooler, modules, path)
-    return replace(config, pooler=_overridden(pooler, overrides))
-
-
-def _of_modules(pooler: Pooler, modules: Any, path: Path) -> Pooler:
-    """What sentence-transformers' `modules.json` adds."""
-    entries = modules if isinstance(modules, list) else []
-    kinds = [str(entry.get("type", "")).rpartition(".")[2] for entry in entries if isinstance(entry, Mapping)]
-    unknown = [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]
-    if unknown:
-        raise UnsupportedModelError(
-            f"{path / 'modules.json'} has {', '.join(unknown)} after the transformer, which is not served; "
-            "Transformer, Pooling and Normalize are."
-        )
-    pooler = replace(pooler, normalize="Normalize" in kinds)
-    for kind, entry in zip(kinds, entries, strict=True):
-        if kind == "Pooling":
-            settings = _read_json(path / str(entry.get("path", "")) / "config.json") or {}
-            chosen = [
-                key for key, value in settings.items() if key.startswith("pooling_mode_") and value is True
-            ]
-            if isinstance(settings.get("pooling_mode"), str):
-                chosen = [
-                    {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens"}.get(
-                        settings["pooling_mode"], f"pooling_mode_{settings['pooling_mode']}"
-                    )
-                ]
-            if len(chosen) != 1 or chosen[0] not in _POOLING_MODES:
-                raise UnsupportedModelError(
-                    f"the pooling of {path} is {', '.join(chosen) or 'not given'}; served is one of "
-                    f"{', '.join(_POOLING_MODES)}. Choose with pooler_config={{'pooling_type': ...}} and "
-                    "without modules.json."
+        pooler = add_modules(pooler, modules, path)
+        width = config.hidden_size
+        for projection in pooler.projections:
+            if projection.in_features != width:
+                raise ConfigError(
+                    f"{path / projection.folder} takes vectors of {projection.in_features} numbers, and gets "
+                    f"some of {width}."
                 )
-            pooler = replace(pooler, pooling=_POOLING_MODES[chosen[0]])  # type: ignore[arg-type]
-    return pooler
-
-
-def _trained_length(config: ModelConfig, path: Path) -> int:
-    """Tokens that sentence-transformers gives the model at most; it has seen no more in training."""
-    settings = _read_json(path / "sentence_bert_config.json") or {}
-    if settings.get("do_lower_case"):
-        raise UnsupportedModelError(
-            f"{path / 'sentence_bert_config.json'} has do_lower_case, which is not served; where the "
-            "tokenizer lowers its texts by itself, set it to false."
-        )
-    length = settings.get("max_seq_length")
-    if not isinstance(length, int) or isinstance(length, bool) or length < 1:
-        return config.max_position_embeddings
-    return min(length, config.max_position_embeddings)
+            width = projection.out_features
+    return replace(config, pooler=_overridden(pooler, overrides))
 
 
 def _overridden(pooler: Pooler, overrides: Mapping[str, Any]) -> Pooler:
@@ -224,12 +179,3 @@ def _activation_of_class(name: str) -> str:
             f"config.json asks for {name!r} on scores; served are Identity, Sigmoid and Softmax"
         )
     return kind
-
-
-def _read_json(path: Path) -> Any:
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path} is not valid JSON ({error}); download it again.") from error

@@ -32,7 +32,8 @@ class SafetensorsSource:
         self._specs = specs
         self._pieces: dict[str, list[Piece]] = {}
         table = checkpoint_table(config)
-        self._checkpoint = SafetensorsCheckpoint(directory)
+        projections = () if config.pooler is None else config.pooler.projections
+        self._checkpoint = SafetensorsCheckpoint(directory, [each.folder for each in projections])
         # Table name -> name on disk.
         self._names = _without_prefixes(self._checkpoint, table)
         for piece in (*table.pieces, *_alternative_in_use(table, self._names)):

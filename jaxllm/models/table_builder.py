@@ -16,7 +16,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from jaxllm.models.config import MLAConfig, ModelConfig
+from jaxllm.models.config import MLAConfig, ModelConfig, Pooler
 
 Index = tuple[int | slice, ...]
 
@@ -157,6 +157,15 @@ class TableBuilder:
         self.add(f"{tensor}.weight", f"{parameter}.weight", weight, at, layers)
         if bias is not None:
             self.add(f"{tensor}.bias", f"{parameter}.bias", bias, at, layers)
+
+    def projections(self, pooler: Pooler) -> None:
+        """Adds the layers after the pooling, each from a folder of its own."""
+        for i, each in enumerate(pooler.projections):
+            tensor, parameter = f"{each.folder}/linear", f"pooler.projection_{i}"
+            out, inputs = (each.out_features,), (each.in_features,)
+            self.pieces.append(Piece(f"{tensor}.weight", f"{parameter}.weight", (out, inputs), (0, 1)))
+            if each.bias:
+                self.pieces.append(Piece(f"{tensor}.bias", f"{parameter}.bias", (out,), (0,)))
 
 
 def _latent_sizes(config: ModelConfig, mla: MLAConfig) -> dict[str, int]:

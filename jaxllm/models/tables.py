@@ -247,6 +247,8 @@ def bert_table(config: ModelConfig) -> CheckpointTable:
         table.linear(scores, "pooler.classifier", "l d", "l")
     else:
         ignored.append(r"pooler\.dense\.(weight|bias)")
+    if pooler is not None:
+        table.projections(pooler)
     return CheckpointTable(tuple(table.pieces), ("bert.", "roberta."), tuple(ignored))
 
 
@@ -260,6 +262,7 @@ def _finish(
     alternatives: tuple[tuple[Piece, ...], ...] = (),
 ) -> CheckpointTable:
     if config.pooler is not None:
+        table.projections(config.pooler)
         if config.pooler.labels:
             bias = "l" if config.pooler.classifier_bias else None
             table.linear("score", "pooler.classifier", "l d", bias)

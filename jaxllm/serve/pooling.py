@@ -18,7 +18,7 @@ from jaxllm.input_processor import ProcessedInput
 from jaxllm.output_stream import OutputStream
 from jaxllm.pooling_outputs import PoolingOutput, PoolingRequestOutput
 from jaxllm.pooling_params import PoolingParams
-from jaxllm.pooling_processor import pooler_of, process_pooling
+from jaxllm.pooling_processor import pooler_of, process_pooling, prompted
 from jaxllm.sampling_params import RequestOutputKind
 from jaxllm.scoring import cosines, is_cross_encoder, pair_prompt, pair_up
 from jaxllm.serve.errors import GenerationError
@@ -157,7 +157,9 @@ async def _score(
         queries = [_cut(state, text, body.max_tokens_per_query) for text in first]
         documents = [_cut(state, text, body.max_tokens_per_doc) for text in second]
         if not cross:
-            ids = (state.tokenize(text, add_special_tokens=True) for text in [*queries, *documents])
+            pooler = pooler_of(model)
+            texts = [prompted(pooler, text, None) for text in [*queries, *documents]]
+            ids = (state.tokenize(text, add_special_tokens=True) for text in texts)
             return [{"prompt_token_ids": _truncated(state, body, each)} for each in ids]
         limit = body.truncate_prompt_tokens
         limit = state.max_model_len if limit == -1 else limit
@@ -254,8 +256,11 @@ def _input_prompts(state: ServerState, body: InputBody) -> list[dict[str, Any]]:
         each = [state.tokenize(text, add_special_tokens=body.add_special_tokens is True)]
     else:
         special = body.add_special_tokens is not False
+        pooler = pooler_of(state.engine.engine.model_config)
         each = [
-            state.tokenize(given, add_special_tokens=special) if isinstance(given, str) else given
+            state.tokenize(prompted(pooler, given, body.prompt_name), add_special_tokens=special)
+            if isinstance(given, str)
+            else given
             for given in body.inputs
         ]
     return [{"prompt_token_ids": _truncated(state, body, token_ids)} for token_ids in each]

@@ -58,6 +58,7 @@ class InputBody(PoolingBody):
     continue_final_message: bool = False
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    prompt_name: Annotated[str, Field(max_length=256)] | None = None
 
     @model_validator(mode="after")
     def _check_input(self) -> InputBody:
@@ -65,6 +66,9 @@ class InputBody(PoolingBody):
             raise refusal("Give exactly one of 'input' and 'messages'.", "input")
         if self.input is not None and not self.input:
             raise refusal("Field 'input' is empty: give text or token ids.", "input")
+        is_text = self.input is not None and all(isinstance(given, str) for given in self.inputs)
+        if self.prompt_name is not None and not is_text:
+            raise refusal("Field 'prompt_name' goes with texts as 'input'.", "prompt_name")
         if self.continue_final_message and self.add_generation_prompt:
             raise refusal(
                 "Fields 'continue_final_message' and 'add_generation_prompt' exclude each other.",

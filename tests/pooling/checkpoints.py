@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,21 @@ def save_model(directory: Path, kind: str, fields: dict[str, Any], seed: int = 0
     return model
 
 
-def add_sentence_transformers(directory: Path, pooling: str, *, normalize: bool) -> None:
-    """The files by which sentence-transformers says how a model pools."""
+def add_sentence_transformers(
+    directory: Path, pooling: str, *, normalize: bool, dense: Sequence[Mapping[str, Any]] = ()
+) -> None:
+    """The files by which sentence-transformers says how a model pools.
+
+    Args:
+        dense: settings of the layers after the pooling.
+    """
     kinds = [("", "Transformer"), ("1_Pooling", "Pooling")]
+    for i, layer in enumerate(dense):
+        kinds.append((f"{i + 2}_Dense", "Dense"))
+        (directory / f"{i + 2}_Dense").mkdir(exist_ok=True)
+        (directory / f"{i + 2}_Dense" / "config.json").write_text(json.dumps(dict(layer)))
     if normalize:
-        kinds.append(("2_Normalize", "Normalize"))
+        kinds.append((f"{len(kinds)}_Normalize", "Normalize"))
     modules = [
         {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
         for i, (path, kind) in enumerate(kinds)

@@ -115,9 +115,12 @@ def test_what_sentence_transformers_adds_and_is_not_served(tmp_path: Path) -> No
     with pytest.raises(UnsupportedModelError, match="pooling_mode_max_tokens"):
         resolved(bert(), tmp_path)
     modules = json.loads((tmp_path / "modules.json").read_text())
-    dense = {"idx": 3, "name": "3", "path": "3_Dense", "type": "sentence_transformers.models.Dense"}
-    (tmp_path / "modules.json").write_text(json.dumps([*modules, dense]))
-    with pytest.raises(UnsupportedModelError, match="Dense"):
+    other = {"idx": 3, "name": "3", "path": "3_LSTM", "type": "sentence_transformers.models.LSTM"}
+    (tmp_path / "modules.json").write_text(json.dumps([*modules, other]))
+    with pytest.raises(UnsupportedModelError, match="has LSTM after the transformer"):
+        resolved(bert(), tmp_path)
+    (tmp_path / "modules.json").write_text(json.dumps([modules[0], modules[2], modules[1]]))
+    with pytest.raises(UnsupportedModelError, match="Transformer, Normalize, Pooling, in this order"):
         resolved(bert(), tmp_path)
     with pytest.raises(UnsupportedModelError, match="position_embedding_type"):
         bert(position_embedding_type="relative_key")
@@ -125,6 +128,53 @@ def test_what_sentence_transformers_adds_and_is_not_served(tmp_path: Path) -> No
         bert(is_decoder=True)
     with pytest.raises(ConfigError, match="id2label"):
         llama("ForSequenceClassification", id2label={"0": "a", "2": "b"})
+
+
+@pytest.mark.parametrize(
+    ("layer", "error", "message"),
+    [
+        ({"out_features": 8}, ConfigError, "in_features and out_features"),
+        (
+            {"in_features": 23, "out_features": 8},
+            ConfigError,
+            "takes vectors of 23 numbers, and gets some of 24",
+        ),
+        (
+            {"activation_function": "torch.nn.PReLU"},
+            UnsupportedModelError,
+            r"torch\.nn\.PReLU after its layer",
+        ),
+        ({"module_input_name": "token_embeddings"}, UnsupportedModelError, "module_input_name='token_emb"),
+    ],
+)
+def test_dense_layers_that_are_not_served(
+    layer: dict[str, Any], error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    sizes = {} if "out_features" in layer else {"in_features": 24, "out_features": 8}
+    add_sentence_transformers(tmp_path, "cls_token", normalize=True, dense=[{**sizes, **layer}])
+    with pytest.raises(error, match=message):
+        resolved(bert(), tmp_path)
+
+
+def test_dense_layers_are_parameters_and_prompts_are_read(tmp_path: Path) -> None:
+    dense = [{"in_features": 24, "out_features": 8}, {"in_features": 8, "out_features": 8, "bias": False}]
+    add_sentence_transformers(tmp_path, "cls_token", normalize=True, dense=dense)
+    file = tmp_path / "config_sentence_transformers.json"
+    file.write_text(json.dumps({"prompts": {"query": "q: "}, "default_prompt_name": None}))
+    model = resolved(bert(), tmp_path)
+    assert model.pooler is not None and model.pooler.width(24) == 8
+    assert [layer.activation for layer in model.pooler.projections] == ["tanh", "tanh"]
+    filled = {piece.parameter for piece in checkpoint_table(model).pieces}
+    assert filled == set(parameter_specs(model))
+    assert (model.pooler.prompts, model.pooler.default_prompt) == ((("query", "q: "),), None)
+    file.write_text(json.dumps({"prompts": {}, "default_prompt_name": "query"}))
+    with pytest.raises(ConfigError, match="default_prompt_name='query', which is none"):
+        resolved(bert(), tmp_path)
+    file.write_text(json.dumps({"prompts": {"query": "q: "}}))
+    pooling = tmp_path / "1_Pooling" / "config.json"
+    pooling.write_text(json.dumps({**json.loads(pooling.read_text()), "include_prompt": False}))
+    with pytest.raises(UnsupportedModelError, match="include_prompt=false"):
+        resolved(bert(), tmp_path)
 
 
 def test_an_encoder_computes_every_prompt_in_one_step() -> None:

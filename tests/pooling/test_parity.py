@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from jaxllm import LLM, PoolingParams
+from jaxllm.errors import InvalidRequestError
 from tests.pooling import checkpoints
 from tests.pooling.checkpoints import BERT, QWEN3, ROBERTA, add_sentence_transformers, save_model
 
@@ -103,6 +105,57 @@ def test_roberta_classifies(tmp_path: Path) -> None:
             assert_close(output.outputs.probs, softmax(logits(model, prompt)))
         (raw,) = llm.classify(prompts[:1], pooling_params=PoolingParams(use_activation=False), use_tqdm=False)
         assert_close(raw.outputs.probs, logits(model, prompts[0]))
+
+
+def test_dense_layers_and_prompts_of_sentence_transformers(tmp_path: Path) -> None:
+    """As its modules compute: pooled, through both layers, to length 1; the default prompt goes first."""
+    import tokenizers
+    from safetensors.torch import save_file
+
+    model = save_model(tmp_path, "BertModel", BERT)
+    widths = [(24, 40, True, "torch.nn.modules.activation.GELU"), (40, 24, False, "torch.nn.Identity")]
+    add_sentence_transformers(
+        tmp_path,
+        "mean_tokens",
+        normalize=True,
+        dense=[
+            {"in_features": a, "out_features": b, "bias": bias, "activation_function": name}
+            for a, b, bias, name in widths
+        ],
+    )
+    layers = []
+    for i, (inputs, outputs, bias, _) in enumerate(widths):
+        layers.append(torch.nn.Linear(inputs, outputs, bias=bias))
+        state = {f"linear.{name}": value for name, value in layers[-1].state_dict().items()}
+        save_file(state, tmp_path / f"{i + 2}_Dense" / "model.safetensors")
+    vocabulary = {f"w{i}": i for i in range(BERT["vocab_size"])}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="w0"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    words.save(str(tmp_path / "tokenizer.json"))
+    kind = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "w0"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(kind))
+    prompts = {"query": "w7 w8 ", "document": "w9 "}
+    settings = {"prompts": prompts, "default_prompt_name": "document"}
+    (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(settings))
+
+    def reference(token_ids: list[int]) -> np.ndarray:
+        with torch.no_grad():
+            pooled = torch.tensor(hidden_states(model, token_ids).mean(0))
+            return unit(layers[1](torch.nn.functional.gelu(layers[0](pooled))).numpy())
+
+    with loaded(tmp_path, skip_tokenizer_init=False) as llm:
+        for name, before in ((None, [9]), ("query", [7, 8]), ("", [])):
+            (output,) = llm.embed(
+                ["w20 w21 w22"], pooling_params=PoolingParams(prompt_name=name), use_tqdm=False
+            )
+            assert output.prompt_token_ids == [*before, 20, 21, 22]
+            assert_close(output.outputs.embedding, reference([*before, 20, 21, 22]))
+        (output,) = llm.embed([{"prompt_token_ids": [20, 21]}], use_tqdm=False)
+        assert_close(output.outputs.embedding, reference([20, 21]))
+        with pytest.raises(InvalidRequestError, match="prompts of this model are 'query', 'document'"):
+            llm.embed(["w3"], pooling_params=PoolingParams(prompt_name="passage"))
+        with pytest.raises(InvalidRequestError, match="prompt_name goes before a text"):
+            llm.embed([{"prompt_token_ids": [3]}], pooling_params=PoolingParams(prompt_name="query"))
 
 
 @pytest.mark.parametrize("pooling", ["LAST", "CLS", "MEAN"])
