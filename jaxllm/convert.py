@@ -54,6 +54,12 @@ def convert(
     source = resolve_model(model, revision, download_dir)
     if is_orbax_checkpoint(source):
         raise ConfigError(f"{source} is in the layout of jaxllm already", param="model")
+    if (source / "modules.json").is_file():
+        raise ConfigError(
+            f"{source} is of sentence-transformers, whose further files and layers (modules.json) are not "
+            "converted; serve it as it is, or remove modules.json to convert the transformer alone.",
+            param="model",
+        )
     hf_config = {**read_config(source), **(hf_overrides or {})}
     config = translate_config(hf_config)
     dtype = config.dtype if dtype == "auto" else dtype

@@ -61,6 +61,10 @@ def test_what_cannot_be_converted(tmp_path: Path, capsys: pytest.CaptureFixture[
     convert(str(source), tmp_path / "out")
     with pytest.raises(ConfigError, match="in the layout of jaxllm already"):
         convert(str(tmp_path / "out"), tmp_path / "again")
+    (source / "modules.json").write_text("[]")
+    with pytest.raises(ConfigError, match=r"of sentence-transformers, whose further files"):
+        convert(str(source), tmp_path / "x")
+    (source / "modules.json").unlink()
     assert main([str(tmp_path / "absent"), str(tmp_path / "x")]) == 1
     assert "there is no directory" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()

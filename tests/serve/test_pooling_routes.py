@@ -23,6 +23,7 @@ from jaxllm.models.decoder import parameter_specs
 from jaxllm.models.families import checkpoint_table, translate_config
 from jaxllm.serve.config import ServerConfig
 from tests.parity.checkpoints import make_tensor
+from tests.pooling.checkpoints import add_sentence_transformers
 from tests.serve.conftest import Api
 
 WORDS = [
@@ -89,7 +90,11 @@ def start(path: Path, config: ServerConfig | None = None) -> Api:
 
 @pytest.fixture(scope="module")
 def embedder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
-    api = start(write_bert(tmp_path_factory.mktemp("bert"), "BertModel"))
+    directory = write_bert(tmp_path_factory.mktemp("bert"), "BertModel")
+    add_sentence_transformers(directory, "cls_token", normalize=True)
+    prompts = {"prompts": {"query": "the quick ", "document": ""}}
+    (directory / "config_sentence_transformers.json").write_text(json.dumps(prompts))
+    api = start(directory)
     yield api
     api.engine.stop(timeout=10)
 
@@ -134,6 +139,24 @@ def test_the_official_client_gets_what_it_asks_for(embedder: Api) -> None:
         np.testing.assert_allclose(np.linalg.norm(entry.embedding), 1, atol=1e-6)
     cut = np.array(decoded.data[1].embedding[:5])
     np.testing.assert_allclose(floats.data[0].embedding, cut / np.linalg.norm(cut), atol=1e-6)
+
+
+def test_a_prompt_goes_before_a_text(embedder: Api) -> None:
+    expected = embed(embedder, input=["the quick cat sat", "dog", "dog"])
+    (query,) = embed(embedder, input="cat sat", prompt_name="query")
+    # The batch differs, and with it the order of sums.
+    np.testing.assert_allclose(query, expected[0], atol=1e-6)
+    (document,) = embed(embedder, input="dog", prompt_name="document")
+    np.testing.assert_allclose(document, expected[1], atol=1e-6)
+    messages = [{"role": "user", "content": "a"}]
+    for fields, words in (
+        ({"input": "dog", "prompt_name": "passage"}, "prompts of this model are 'query', 'document'"),
+        ({"input": ids_of("dog"), "prompt_name": "query"}, "goes with texts"),
+        ({"messages": messages, "prompt_name": "query"}, "goes with texts"),
+    ):
+        response = embedder.post("/v1/embeddings", fields)
+        assert response.status_code == 400 and words in response.text
+        assert response.json()["error"]["param"] == "prompt_name"
 
 
 def test_inputs_may_be_texts_ids_or_a_conversation(embedder: Api) -> None:
