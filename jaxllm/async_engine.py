@@ -11,15 +11,15 @@ import asyncio
 import contextlib
 import functools
 import logging
-import os
 import queue
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from jaxllm.errors import EngineDeadError, JaxLLMError
+from jaxllm.input_threads import InputThreads
 from jaxllm.output_stream import OutputStream
 from jaxllm.outputs import RequestOutput
 from jaxllm.request import NO_TERMS, Request, SchedulingTerms
@@ -69,8 +69,7 @@ class AsyncEngine:
         self._unfinished: dict[OutputStream, list[Request]] = {}  # guarded by _gate
         self._error: BaseException | None = None
         self._streams: dict[str, OutputStream] = {}  # of the engine's thread alone
-        # Tokenizers release the interpreter lock, so that a long prompt delays nobody else.
-        self._tokenizing = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="jaxllm-input")
+        self._input_threads = InputThreads()
         self._thread = threading.Thread(target=self._run, name="jaxllm-engine", daemon=True)
         self._thread.start()
 
@@ -127,6 +126,7 @@ class AsyncEngine:
             terms=terms,
             arrival_time=arrival_time,
             cache_salt=cache_salt,
+            num_characters=len(prompt) if isinstance(prompt, str) else 0,
         )
 
     async def compile_grammar(self, sampling_params: SamplingParams) -> None:
@@ -159,11 +159,12 @@ class AsyncEngine:
             self.num_unfinished += len(processed.requests)
         return stream
 
-    async def run_in_thread(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-        """Run tokenizer work (chat templates, encoding, validation) off the event loop."""
+    async def run_in_thread(
+        self, function: Callable[..., T], *args: Any, num_characters: int = 0, **kwargs: Any
+    ) -> T:
+        """Run tokenizer work (chat templates, encoding, validation) of some characters off the event loop."""
         self._raise_if_refusing()
-        call = functools.partial(function, *args, **kwargs)
-        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, call)
+        return await self._input_threads.run(functools.partial(function, *args, **kwargs), num_characters)
 
     async def call(self, function: Callable[[Engine], T]) -> T:
         """Run something on the engine's thread between two steps, such as `reset_prefix_cache`."""
@@ -277,7 +278,7 @@ class AsyncEngine:
                 self._inbox.put(None)
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout)
-        self._tokenizing.shutdown(wait=False, cancel_futures=True)
+        self._input_threads.close()
 
     def _forget(self, stream: OutputStream) -> None:
         with self._gate:

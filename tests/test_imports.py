@@ -38,7 +38,7 @@ LEVELS: list[set[str]] = [
     {"jaxllm.scheduling"},
     {"jaxllm.text"},
     {"jaxllm.request"},
-    {"jaxllm.progress", "jaxllm.output_stream"},
+    {"jaxllm.progress", "jaxllm.output_stream", "jaxllm.input_threads"},
     {
         "jaxllm.sampling_params",
         "jaxllm.pooling_params",

@@ -86,7 +86,7 @@ async def count_tokens(state: ServerState, body: CountTokensRequest) -> Response
     chat = chat_request(body.chat_fields(), RENAMED)
     text = await render_turn(state, chat)
     ids = await state.engine.run_in_thread(
-        lambda: state.tokenize(text, add_special_tokens=chat.add_special_tokens)
+        lambda: state.tokenize(text, add_special_tokens=chat.add_special_tokens), num_characters=len(text)
     )
     return Response(orjson.dumps({"input_tokens": len(ids)}), media_type="application/json")
 

@@ -129,7 +129,8 @@ async def _answer_inputs(
 ) -> Response:
     state.check_model(body.model)
     public_id = state.public_id(prefix, body, http)
-    prompts = await state.engine.run_in_thread(_input_prompts, state, body)
+    length = sum(len(given) for given in body.inputs if isinstance(given, str))
+    prompts = await state.engine.run_in_thread(_input_prompts, state, body, num_characters=length)
     try:
         outputs = await _pool(state, body, params, prompts, public_id, http)
     except ClientGone:
@@ -169,7 +170,9 @@ async def _score(
         ]
 
     params = PoolingParams(body.use_activation, task="classify" if cross else "embed")
-    outputs = await _pool(state, body, params, await state.engine.run_in_thread(prompts), public_id, http)
+    length = sum(map(len, [*first, *second]))
+    each_prompt = await state.engine.run_in_thread(prompts, num_characters=length)
+    outputs = await _pool(state, body, params, each_prompt, public_id, http)
     vectors = [output.outputs.data for output in outputs]
     if cross:
         return [float(vector[0]) for vector in vectors], _usage(outputs)

@@ -82,7 +82,8 @@ def add_tokenizer_routes(app: FastAPI, state: ServerState) -> None:
     @app.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> Response:
         state.check_model(body.model)
-        ids = await state.engine.run_in_thread(token_ids_of, body)
+        length = len(getattr(body, "prompt", None) or "")
+        ids = await state.engine.run_in_thread(token_ids_of, body, num_characters=length)
         names = state.tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None
         return _json(
             {"count": len(ids), "max_model_len": state.max_model_len, "tokens": ids, "token_strs": names}

@@ -240,7 +240,10 @@ async def start_generations(
     ids = [f"{public_id}-{unique}-{i}" for i in range(len(prompts))]
     try:
         await state.engine.compile_grammar(params)
-        processed = await state.engine.run_in_thread(_process_all, state, body, prompts, params, ids, demands)
+        length = sum(len(prompt.text or "") for prompt in prompts)
+        processed = await state.engine.run_in_thread(
+            _process_all, state, body, prompts, params, ids, demands, num_characters=length
+        )
     except InvalidRequestError as error:
         if error.param == "structured_outputs":
             error.param = body.form_field()
