@@ -5,11 +5,10 @@
 It needs libtpu (`pip install "jaxllm[compilers]"`) but no TPU, and none is measured: the kernel is compiled
 for each chip, and the bundles of its final schedule are counted, one cycle each. A block of keys in the
 middle of a long sequence takes the bundles that start the copies of the next block, those that lay the
-block's rows apart, so many keys at a time, and the stretch of the products, once; where all keys of a block
-are laid apart at once, that is a part of this stretch. What else the loop over blocks holds begins and ends
-tiles and sequences, and is given apart. The copies take the block's bytes at the chip's bandwidth, and fly
-meanwhile: whichever is longer is how long a block takes. A bundle that waits for another unit takes longer
-than it is counted.
+block's rows apart, so many keys at a time, and the stretch of the products, once. What else the loop over
+blocks holds begins and ends tiles and sequences, and is given apart. The copies take the block's bytes at the
+chip's bandwidth, and fly meanwhile: whichever is longer is how long a block takes. A bundle that waits for
+another unit takes longer than it is counted.
 """
 
 from __future__ import annotations
@@ -79,8 +78,7 @@ class Schedule:
 
     Attributes:
         keys, block_bytes: of a block.
-        fetch, separate, products: cycles that compute it: starting copies, laying rows apart (0 where that is
-            among the products), and the rest.
+        fetch, separate, products: cycles that compute it: starting copies, laying rows apart, and the rest.
         control: bundles that begin and end tiles and sequences, all of them together.
         copy: cycles that its bytes take from HBM.
         spills: vector registers written to memory in a block, for want of room.
@@ -153,10 +151,12 @@ def cycles_of_a_block(bundles: list[Bundle], pages: int, together: int, strips: 
     products = max(stretches, key=lambda stretch: sum(bundle.slots["MXU"] for bundle in stretch))
     # Of a block that is not whole they are started one by one, in a loop of their own.
     fetch = max((*stretches, *inner), key=lambda part: sum(bundle.copies for bundle in part))
-    separate: list[Bundle] = []
-    if strips > 1:
-        separate = max(inner, key=lambda loop: sum(bundle.slots["VALU"] for bundle in loop))
-    begins_and_ends = [part for part in stretches if part is not products and part is not fetch]
+    # So are rows, unless all keys of a block are laid apart at once.
+    others = inner if strips > 1 else [part for part in stretches if part is not products]
+    separate = max(others, key=lambda part: sum(bundle.slots["VALU"] for bundle in part))
+    begins_and_ends = [
+        part for part in stretches if all(part is not one for one in (products, fetch, separate))
+    ]
     spills = [sum(bundle.slots["VSTORE:SPILL"] for bundle in part) for part in (products, separate)]
     return {
         "fetch": pages // together * len(fetch),

@@ -33,8 +33,8 @@ base_bounds: (1) */ }
 USED = {6: (0, 3, 0), 7: (0, 2, 1), 9: (2, 0, 0), 10: (0, 1, 1)}
 
 
-def utilization() -> str:
-    rows = [USED.get(address, (0, 0, 0)) for address in range(14)]
+def utilization(used: dict[int, tuple[int, int, int]] = USED) -> str:
+    rows = [used.get(address, (0, 0, 0)) for address in range(14)]
     lines = [" ".join(map(str, row)) for row in rows]
     return "\n".join(
         ["== CAPACTIY:", "MXU, VALU, VSTORE:SPILL", "    2     4     2", "== UTILIZATION:", *lines]
@@ -48,9 +48,10 @@ def test_loops_are_told_apart_and_counted_as_often_as_they_turn() -> None:
     assert cycles_of_a_block(bundles, pages=8, together=1, strips=4) == {
         "fetch": 16, "separate": 12, "products": 2, "control": 3, "spills": 1 + 4,
     }  # fmt: skip
-    # Four pages to two bundles; and nothing that is laid apart by itself.
+    # Four pages to two bundles; and rows that are laid apart at once, in a stretch and not in a loop.
+    bundles = read_bundles(BUNDLES, utilization(USED | {5: (0, 2, 0)}))
     assert cycles_of_a_block(bundles, pages=8, together=4, strips=1) == {
-        "fetch": 4, "separate": 0, "products": 2, "control": 3, "spills": 1,
+        "fetch": 4, "separate": 1, "products": 2, "control": 2, "spills": 1,
     }  # fmt: skip
 
 

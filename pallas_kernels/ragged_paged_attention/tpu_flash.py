@@ -72,7 +72,7 @@ def scratch_shapes(
     wide = jnp.float32 in (q_dtype, cache_dtype)
     compute_dtype = jnp.dtype(jnp.float32 if wide else jnp.bfloat16)
     return Scratch(
-        tables=pltpu.SMEM((2, 1, pages_per_seq), jnp.int32),
+        tables=pltpu.SMEM((2 * pages_per_seq,), jnp.int32),
         kv_blocks=pltpu.VMEM((RING, tiling.keys, *page_rows), cache_dtype),
         separate=pltpu.VMEM((page_rows[0] * page_rows[1] // lanes, tiling.keys, lanes), compute_dtype),
         q_tiles=pltpu.VMEM((RING, tiling.queries, heads, lanes), q_dtype),

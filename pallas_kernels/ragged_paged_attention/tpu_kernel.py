@@ -99,6 +99,12 @@ class _Program:
     out: Any
     lse: Any
 
+    @property
+    def table_entries(self) -> int:
+        """Of the page table of a sequence."""
+        entries: int = self.page_table.shape[2]
+        return entries
+
     def _page(self, index: jax.Array) -> Any:
         """A page of this layer, [page_size, rows, lanes] in HBM."""
         return self.pages.at[self.layer[0], index]
@@ -184,7 +190,9 @@ class _Program:
     def _table_copy(self, seq: jax.Array, table: jax.Array) -> Any:
         scratch = self.scratch
         return pltpu.make_async_copy(
-            self.page_table.at[seq], scratch.tables.at[table], scratch.table_arrived.at[table]
+            self.page_table.at[seq, 0],
+            scratch.tables.at[pl.ds(table * self.table_entries, self.table_entries)],
+            scratch.table_arrived.at[table],
         )
 
     def _start_table_fetch(self, seq: jax.Array, table: jax.Array) -> None:
@@ -204,7 +212,9 @@ class _Program:
         def _() -> None:
             tile = self.work.tile(item)
             begin, end = self.work.pages(item, tile)
-            first_of_block = item.block * (self.work.tiling.keys // self.work.page_size)
+            pages = self.work.tiling.keys // self.work.page_size
+            first_of_block = item.block * pages
+            first_entry = table * self.table_entries + first_of_block
             is_first = self.work.is_first_of_tile(item, tile)
 
             @pl.when(self.work.is_first_of_sequence(item, tile))
@@ -216,27 +226,28 @@ class _Program:
             def _() -> None:
                 self._queries_copy(item, tile, slot).start()
 
-            def fetch_page(index: jax.Array, _: None = None) -> None:
-                place = pl.ds((index - first_of_block) * self.work.page_size, self.work.page_size)
+            def fetch_page(place: jax.Array, _: None = None) -> None:
+                own = pl.ds(place * self.work.page_size, self.work.page_size)
                 pltpu.make_async_copy(
-                    self._page(scratch.tables[table, 0, index]),
-                    scratch.kv_blocks.at[slot, place],
+                    self._page(scratch.tables[first_entry + place]),
+                    scratch.kv_blocks.at[slot, own],
                     scratch.kv_arrived.at[slot],
                 ).start()
 
             def fetch_all() -> None:
-                pages = self.work.tiling.keys // self.work.page_size
                 together = math.gcd(pages, FETCHED)
 
                 def fetch_some(index: jax.Array, _: None) -> None:
                     for page in range(together):
-                        fetch_page(first_of_block + index * together + page)
+                        fetch_page(index * together + page)
 
                 lax.fori_loop(0, pages // together, fetch_some, None)
 
+            def fetch_visible() -> None:
+                lax.fori_loop(begin - first_of_block, end - first_of_block, fetch_page, None)
+
             # Of a whole block it is known how many pages there are, so that starting one waits for no other.
-            is_whole = end - begin == self.work.tiling.keys // self.work.page_size
-            lax.cond(is_whole, fetch_all, lambda: lax.fori_loop(begin, end, fetch_page, None))
+            lax.cond(end - begin == pages, fetch_all, fetch_visible)
 
         following = self.work.after(item)
         return following, jnp.where(following.seq == item.seq, table, 1 - table)
