@@ -230,6 +230,7 @@ def draw(all_points: list[Point], title: str, path: Path) -> None:
     for row, kind in zip(grid, kinds, strict=True):
         for axes, device in zip(row, devices, strict=True):
             own = [point for point in all_points if (point.kind, point.device) == (kind, device)]
+            highest = 1.08 * max(point.tokens_per_chip for point in own)
             for plan, colour in COLOURS.items():
                 if not (line := [point for point in own if point.plan == plan]):
                     continue
@@ -240,7 +241,7 @@ def draw(all_points: list[Point], title: str, path: Path) -> None:
                 axes.annotate(
                     " summing\n takes longer", (at, 0.03), xycoords=("data", "axes fraction"), fontsize=8
                 )
-            axes.set(xscale="log", xlim=(0.9, 300), ylim=(0, None), title=f"{kind}, {device}")
+            axes.set(xscale="log", xlim=(0.9, 300), ylim=(0, highest), title=f"{kind}, {device}")
             axes.set_xticks([1, 4, 16, 64, 256], ["1", "4", "16", "64", "256"])
             axes.spines[["top", "right"]].set_visible(False)
     for axes in grid[-1]:

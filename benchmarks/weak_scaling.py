@@ -9,8 +9,9 @@ The model, which is all that the figures rest on:
 - Communication is added: nothing is computed meanwhile. The all-reduces and all-to-alls are those of the
   compiled step; a pipeline sends the hidden states on once a tick; replicas of the model say nothing to each
   other, unless they share the experts.
-- Experts are chosen evenly: all get as many rows as the others, and an exchange takes one round. Their
-  products, too, are counted by hand; of their weights those are read that some token takes.
+- Experts are chosen evenly: all get as many rows as the others, and an exchange takes one round (the sum of
+  one number by which devices agree on that counts as one within a replica). Their products, too, are counted
+  by hand; of their weights those are read that some token takes.
 - A pipeline is full: every stage works in every tick, on a batch of its own (`jaxllm/execution/step.py`).
 - `tensor` stays within a domain (a TPU slice, GPUs under one switch); `data` and `pipe` go beyond it, and so
   does what replicas exchange, over the network.

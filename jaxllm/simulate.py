@@ -325,7 +325,8 @@ def make_parser(program: str = "python -m jaxllm.simulate") -> argparse.Argument
         type=int,
         default=1,
         metavar="N",
-        help="replicas, each of so many chips and with the limits below, which requests are shared out among",
+        help="replicas, each of so many chips, with all of the model and the limits below, "
+        "which requests are shared out among",
     )
     add("--cost", type=Path, metavar="FILE", help="fitted cost model, in place of the device's roofline")
     add("--max-num-seqs", type=int, default=256, metavar="N")

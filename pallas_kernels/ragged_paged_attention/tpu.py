@@ -114,6 +114,8 @@ def attend_rows(
     row_words = _row_words(options)
     given = [x for x in (options.sinks, options.alibi_slopes, row_words) if x is not None]
     scales = [jnp.float32(1) if x is None else x for x in (options.k_scale, options.v_scale)]
+    # Copies to SMEM are of 128 words or a multiple of that.
+    tables = jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % LANES)))
     hbm = pl.BlockSpec(memory_space=pl.ANY)
     smem = pl.BlockSpec(memory_space=pltpu.SMEM)
     lse_rows = num_tokens if options.return_lse else 1
@@ -134,7 +136,7 @@ def attend_rows(
             (pages.shape[3], pages.shape[4]),
             lanes,
             value_lanes,
-            page_table.shape[1],
+            tables.shape[1],
             0 if row_words is None else row_words.size // num_tokens,
             options.return_lse,
             tiling,
@@ -151,7 +153,7 @@ def attend_rows(
         page_table[sequence, jnp.where(is_real, position // page_size, 0)],
         jnp.stack(scales),
         *given,
-        page_table[:, None],
+        tables[:, None],
         q,
         new,
         pages,
