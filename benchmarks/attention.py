@@ -177,9 +177,12 @@ def free_bytes() -> int:
 
 
 def layers_that_fit(layer: Shape, work: Work, dtype: Any) -> int:
-    """Layers of the cache that a quarter of the free memory holds, of those that are wanted."""
+    """Layers of the cache, of those that are wanted, that an eighth of the free memory holds.
+
+    What peers read takes as much again, and gathering it twice that.
+    """
     size = layer.kv_bytes_per_token(dtype.itemsize) * sum(cached + new for cached, new in work.sequences)
-    return min(MAX_LAYERS, max(1, LARGE // size), free_bytes() // 4 // size)
+    return min(MAX_LAYERS, max(1, LARGE // size), free_bytes() // 8 // size)
 
 
 def backends_here(layer: Shape, dtype: Any) -> list[str]:

@@ -35,7 +35,7 @@ from pallas_kernels.ragged_paged_attention import BACKENDS
 from pallas_kernels.ragged_paged_attention.shapes import WORKS, Work
 
 # At least so many turns where two are within a factor of each other, and at most so many.
-CLOSE, FEWEST_TURNS, MOST_TURNS = 1.5, 5, 15
+CLOSE, FEWEST_TURNS, MOST_TURNS = 1.3, 3, 15
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ def take_turns(
         return (clock() - start) / count
 
     once = {name: seconds(run, 1) for name, run in passes.items()}
-    late = {n: [each] for n, each in once.items() if each > max(budget, 3 * min(once.values()))}
+    late = {n: [each] for n, each in once.items() if each > max(budget, 2 * min(once.values()))}
     passes = {name: run for name, run in passes.items() if name not in late}
     # The first is of memory that was never touched; what is long is long the second time, too.
     once = {n: seconds(run, 1) if once[n] < budget / 4 else once[n] for n, run in passes.items()}
@@ -267,7 +267,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--dtype", help="default: float32 on CPU, else bfloat16")
     parser.add_argument("--page-size", type=int, default=16)
-    parser.add_argument("--budget", type=float, default=0.5, help="seconds of timing that a shape has, about")
+    parser.add_argument("--budget", type=float, default=0.3, help="seconds of timing that a shape has, about")
     parser.add_argument(
         "--longest", type=float, default=1.0, help="leave out what takes longer at best, in s"
     )

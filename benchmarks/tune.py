@@ -67,6 +67,8 @@ def candidates(backend: str, layer: Shape, page_size: int, *, decode_only: bool)
             yield tpu_work.Tiling(queries, k)
     elif backend == "gpu" and isinstance(layer, LayerShape):
         yield from _gpu_candidates(layer, decode_only)
+    elif backend == "gpu":
+        yield from _latent_gpu_candidates(decode_only)
     elif backend == "triton" and isinstance(layer, LayerShape):
         yield from _triton_candidates(layer, decode_only)
     elif backend == "triton":
@@ -101,6 +103,16 @@ def _triton_candidates(layer: LayerShape, decode_only: bool) -> Iterator[Any]:
             continue
         for long_rows, long_warps in ((64, 4), (128, 4), (128, 8)):
             yield Tiling(short, Cut(long_rows, keys, warps=long_warps, stages=stages))
+
+
+def _latent_gpu_candidates(decode_only: bool) -> Iterator[Any]:
+    from pallas_kernels.mla_ragged_paged_attention.gpu import Cut, Tiling
+    from pallas_kernels.ragged_paged_attention import gpu
+
+    rounds = (0, 1, 2, 4, 8) if decode_only else (0, 4)
+    for stages, each in itertools.product((1, 2), rounds):
+        splits = each * gpu.NUM_SMS
+        yield Tiling(Cut(stages, splits, min(splits, 64) or 1), Cut(stages))
 
 
 def _latent_triton_candidates(decode_only: bool) -> Iterator[Any]:

@@ -24,7 +24,6 @@ from jaxllm.models.config import MLAConfig, ModelConfig
 from pallas_kernels.mla_ragged_paged_attention import (
     BACKENDS,
     TRITON_LIMITS,
-    WITHOUT_KERNEL,
     Backend,
     mla_ragged_paged_attention,
 )
@@ -61,12 +60,13 @@ def choose_latent_backend(
         return chosen
     problem = None
     if requested not in BACKENDS:
-        why = WITHOUT_KERNEL.get(requested)
-        problem = "latent attention" + (f" has no such kernel: {why}" if why else " has no such backend")
-    elif (needed := {"tpu": "tpu", "triton": "gpu"}.get(requested, platform)) != platform:
+        problem = "latent attention has no such backend"
+    elif (needed := {"tpu": "tpu", "gpu": "gpu", "triton": "gpu"}.get(requested, platform)) != platform:
         problem = f"runs on a {needed.upper()}, and this process on {platform}"
     elif requested == "triton":
         problem = no_triton
+    elif requested == "gpu" and jax.__version_info__ < (0, 11):
+        problem = f"needs JAX 0.11 or newer (Python 3.12 or newer), and this is {jax.__version__}"
     if problem is not None:
         raise ConfigError(
             f"attention_backend={requested!r}: {problem}. Leave it out, or ask for one of "

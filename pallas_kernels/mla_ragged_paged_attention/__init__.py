@@ -7,8 +7,8 @@ output, every head attends to the same rows: its key is (latent, rotated key), i
 batch, its pages and the writing of new tokens are as in the sibling.
 
 Backends: `reference` (dense and obviously right, the oracle), `xla` (the sibling's flash attention, whose
-cost follows the real lengths), `tpu` (the sibling's Pallas Mosaic kernel) and `triton` (jax-triton, for GPUs
-from Ampere on).
+cost follows the real lengths), `tpu` (the sibling's Pallas Mosaic kernel), `gpu` (Pallas Mosaic GPU, for
+Hopper, with JAX 0.11 or newer) and `triton` (jax-triton, for GPUs from Ampere on).
 """
 
 from __future__ import annotations
@@ -23,14 +23,8 @@ from pallas_kernels.mla_ragged_paged_attention.validation import validate
 from pallas_kernels.ragged_paged_attention.options import AttentionOptions
 from pallas_kernels.ragged_paged_attention.tuned import tuned_tiling
 
-Backend = Literal["reference", "xla", "tpu", "triton"]
+Backend = Literal["reference", "xla", "tpu", "gpu", "triton"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
-# What the sibling has and this op has not, with the reason.
-WITHOUT_KERNEL = {
-    "gpu": "the sibling's takes rows of up to 256 numbers, and DeepSeek's latents have 512; triton runs on "
-    "Hopper, too"
-}
-
 # The widest latent and rotated key that registers and shared memory hold.
 TRITON_LIMITS = (512, 64)
 
@@ -93,14 +87,8 @@ def mla_ragged_paged_attention(
 
     Raises:
         ValueError: shapes or options that do not fit together, or that the backend cannot do.
-        NotImplementedError: a backend of the sibling that this op has no kernel for, with the reason.
     """
     options = AttentionOptions(scale=scale, soft_cap=soft_cap, decode_only=decode_only, return_lse=return_lse)
-    if backend in WITHOUT_KERNEL:
-        raise NotImplementedError(
-            f"backend={backend!r} has no kernel of latent attention: {WITHOUT_KERNEL[backend]}. There are "
-            f"{', '.join(BACKENDS)}."
-        )
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is not one of {', '.join(BACKENDS)}.")
     validate(q_latent, q_rope, latent, k_rope, pages, page_table, seq_lens, query_starts, options)

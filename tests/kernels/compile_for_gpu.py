@@ -27,14 +27,16 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from pallas_kernels.mla_ragged_paged_attention import gpu as latent_gpu
+from pallas_kernels.mla_ragged_paged_attention.shapes import LAYERS as LATENT_LAYERS
 from pallas_kernels.ragged_paged_attention import gpu
 from pallas_kernels.ragged_paged_attention.shapes import LAYERS
-from tests.kernels.gpu_cases import Case
+from tests.kernels.gpu_cases import Case, LatentCase
 
 NUM_LAYERS, NUM_PAGES = 3, 4096
 
 
-CASES = {
+CASES: dict[str, Case | LatentCase] = {
     **{f"{name}, decode": Case(layer, True, 64) for name, layer in LAYERS.items()},
     **{f"{name}, mixed": Case(layer, False, 64) for name, layer in LAYERS.items()},
     "pages of 16, decode": Case(LAYERS["llama-3.1-8b"], True, 16),
@@ -56,21 +58,45 @@ CASES = {
         LAYERS["qwen3-0.6b"], True, 16, dtype=jnp.float16, cache_dtype=jnp.float8_e4m3fn
     ),
     "float16, mixed": Case(LAYERS["llama-3.1-8b"], False, 64, dtype=jnp.float16),
+    **{
+        f"{name}, {'decode' if decode_only else 'mixed'}": LatentCase(LATENT_LAYERS[name], decode_only)
+        for name in ("deepseek-v3", "deepseek-v3 tp8")
+        for decode_only in (True, False)
+    },
+    "deepseek-v3, pages of 16, decode": LatentCase(LATENT_LAYERS["deepseek-v3"], True, page_size=16),
 }
 
 
-def compile_case(case: Case, device: Any) -> dict[str, Any]:
+def compile_case(case: Case | LatentCase, device: Any) -> dict[str, Any]:
     """What ptxas and XLA say of three layers whose keys depend on the layer before."""
-    layer, dtype = case.layer, case.dtype
     mesh = Mesh(np.array([device]), ("device",))
 
     def array(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
 
-    tokens, seqs, kv_heads = case.num_tokens, case.num_seqs, layer.kv_heads
+    layers, operands = _latent_layers(case, array) if isinstance(case, LatentCase) else _layers(case, array)
+    cache, seqs = operands[1], case.num_seqs
+    batch = array(seqs, 256), array(seqs), array(seqs + 1)
+    with printed() as text, jax.set_mesh(mesh):
+        compiled = jax.jit(layers, donate_argnums=1).lower(*operands, *batch).compile()
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    name = {"bfloat16": "bf16", "float16": "f16"}.get(cache.dtype.name, cache.dtype.name)
+    shape = re.escape(f"{name}[{','.join(map(str, cache.shape))}]")
+    copies = rf"= {shape}\S* (copy|transpose|convert|copy-start)\(|= {shape}\S* fusion\(.*calls=\S*copy"
+    return {
+        "spilled_bytes": sum(map(int, re.findall(r"(\d+) bytes spill stores", text[0]))),
+        "registers": max(map(int, re.findall(r"Used (\d+) registers", text[0])), default=0),
+        "cache_copies": len(re.findall(copies, compiled.as_text())),
+        "cache_bytes": int(np.prod(cache.shape)) * cache.dtype.itemsize,
+        "temporary_bytes": memory.temp_size_in_bytes,
+    }
+
+
+def _layers(case: Case, array: Any) -> tuple[Any, tuple[Any, ...]]:
+    """Three layers, and their operands but for the batch; the second is the cache."""
+    layer, kv_heads = case.layer, case.layer.kv_heads
     cache_shape = (NUM_LAYERS, NUM_PAGES, case.page_size, 2 * kv_heads, layer.head_dim)
-    cache = array(*cache_shape, dtype=case.cache_dtype or dtype)
-    arrays = case.arrays(array)
 
     def layers(x: Any, kv_pages: Any, arrays: dict[str, Any], *batch: Any) -> Any:
         options = case.options(arrays)
@@ -83,22 +109,25 @@ def compile_case(case: Case, device: Any) -> dict[str, Any]:
 
         return jax.lax.fori_loop(0, NUM_LAYERS, one, (x, kv_pages))
 
-    x = array(tokens, layer.heads, layer.head_dim, dtype=dtype)
-    batch = array(seqs, 256), array(seqs), array(seqs + 1)
-    with printed() as text, jax.set_mesh(mesh):
-        compiled = jax.jit(layers, donate_argnums=1).lower(x, cache, arrays, *batch).compile()
-    memory = compiled.memory_analysis()
-    assert memory is not None
-    name = {"bfloat16": "bf16", "float16": "f16"}.get(cache.dtype.name, cache.dtype.name)
-    shape = re.escape(f"{name}[{','.join(map(str, cache_shape))}]")
-    copies = rf"= {shape}\S* (copy|transpose|convert|copy-start)\(|= {shape}\S* fusion\(.*calls=\S*copy"
-    return {
-        "spilled_bytes": sum(map(int, re.findall(r"(\d+) bytes spill stores", text[0]))),
-        "registers": max(map(int, re.findall(r"Used (\d+) registers", text[0])), default=0),
-        "cache_copies": len(re.findall(copies, compiled.as_text())),
-        "cache_bytes": int(np.prod(cache_shape)) * cache.dtype.itemsize,
-        "temporary_bytes": memory.temp_size_in_bytes,
-    }
+    x = array(case.num_tokens, layer.heads, layer.head_dim, dtype=case.dtype)
+    return layers, (x, array(*cache_shape, dtype=case.cache_dtype or case.dtype), case.arrays(array))
+
+
+def _latent_layers(case: LatentCase, array: Any) -> tuple[Any, tuple[Any, ...]]:
+    """The same of latent attention."""
+
+    def layers(x: Any, pages: Any, q_rope: Any, *batch: Any) -> Any:
+        def one(index: Any, carry: Any) -> Any:
+            x, pages = carry
+            new = jnp.tanh(x[:, 0]), jnp.sin(q_rope[:, 0])
+            out, pages, _ = latent_gpu.attend(x, q_rope, *new, pages, index, *batch, case.options())
+            return x + out, pages
+
+        return jax.lax.fori_loop(0, NUM_LAYERS, one, (x, pages))
+
+    q_latent, q_rope, *_ = case.operands(array)
+    cache = array(NUM_LAYERS, NUM_PAGES, case.page_size, case.layer.width, dtype=case.dtype)
+    return layers, (q_latent, cache, q_rope)
 
 
 @contextmanager

@@ -39,12 +39,15 @@ def check(name: str, report: dict[str, Any]) -> None:
     # A head_dim of 256 leaves no register free in a prefill: a few of them go to the stack and back, more
     # where pages are widened.
     wide = "gemma" in name or "head_dim 256" in name
+    latent = "deepseek" in name
     most_spilled = 0 if "decode" in name or not wide else 64 if "gemma" in name else 400
     assert report["spilled_bytes"] <= most_spilled, (name, report)
     # Two warpgroups that compute and two that fetch share 65,536 registers; 0: compiled for another name.
-    assert report["registers"] <= (128 if "decode" in name and not wide else 255), (name, report)
+    most = 128 if "decode" in name and not wide and not latent else 255
+    assert report["registers"] <= most, (name, report)
     assert report["cache_copies"] == 0, name
-    assert report["temporary_bytes"] < report["cache_bytes"] / 2, name
+    # Queries of 128 heads of 576 numbers take much, and are gathered once.
+    assert report["temporary_bytes"] < report["cache_bytes"] * (0.75 if latent else 0.5), name
 
 
 def test_every_shape_compiles_for_h200() -> None:

@@ -105,15 +105,20 @@ def test_a_version_of_the_ffi_that_is_not_known_is_named(monkeypatch: pytest.Mon
 DEEPSEEK = MLAConfig(q_lora_rank=0, kv_lora_rank=512, nope_head_dim=128, rope_head_dim=64, value_head_dim=128)
 
 
-def test_latent_attention_has_a_choice_of_its_own(caplog: pytest.LogCaptureFixture) -> None:
+def test_latent_attention_has_a_choice_of_its_own(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with caplog.at_level(logging.INFO):
         assert choose_latent_backend(None, "cpu", DEEPSEEK) == "xla"
         assert choose_latent_backend(None, "tpu", DEEPSEEK) == "tpu"
         assert choose_latent_backend("tpu", "tpu", DEEPSEEK) == "tpu"
     assert "xla (the portable one; latent attention" in caplog.text
-    with pytest.raises(ConfigError, match=r"'gpu'.*no such kernel: .*256 numbers.*reference, xla\."):
+    monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
+    with pytest.raises(ConfigError, match=r"'gpu': needs JAX 0\.11 .* ask for one of reference, xla\."):
         choose_latent_backend("gpu", "gpu", DEEPSEEK)
-    for backend, needed in (("tpu", "TPU"), ("triton", "GPU")):
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 0))
+    assert choose_latent_backend("gpu", "gpu", DEEPSEEK) == "gpu"
+    for backend, needed in (("tpu", "TPU"), ("gpu", "GPU"), ("triton", "GPU")):
         with pytest.raises(ConfigError, match=f"'{backend}': runs on a {needed}, and this process on cpu"):
             choose_latent_backend(backend, "cpu", DEEPSEEK)
     with pytest.raises(ConfigError, match=r"'cuda': .*no such backend.*reference, xla, tpu\."):
