@@ -140,9 +140,12 @@ def seconds_of(passes: Passes, repeats: int, at_least: float) -> float:
 
 
 def tune(backend: str, layer_name: str, works: list[str], options: argparse.Namespace) -> Choice | None:
-    """Times every candidate; None where no batch fits into memory."""
+    """Times every candidate; None where there is none, or no batch fits into memory."""
     layer, dtype = LAYERS[layer_name], jnp.dtype(options.dtype)
     decode_only = WORKS[works[0]].decode_only
+    tried = [None, *candidates(backend, layer, options.page_size, decode_only=decode_only)]
+    if len(tried) == 1:
+        return None
     totals: dict[Any, list[float]] = {}
     key = ""
     for name in works:
@@ -154,7 +157,6 @@ def tune(backend: str, layer_name: str, works: list[str], options: argparse.Name
         setting = Setting(layer, work, dtype, options.page_size, num_layers, options.seed)
         key = key_of(setting)
         setting.fill()
-        tried = [None, *candidates(backend, layer, options.page_size, decode_only=decode_only)]
         times: list[float] = []
         for tiling in tqdm(tried, desc=f"{layer_name}, {name}", unit="tiling", leave=False):
             try:
