@@ -58,7 +58,8 @@ def compile_step(model: ModelConfig, data: int, tensor: int, shape: StepShape) -
     )
     from jaxllm.execution.sampler import SamplerState
     from jaxllm.execution.step import step
-    from jaxllm.models.decoder import Decoder, DecoderForm
+    from jaxllm.models.blocks import DecoderForm
+    from jaxllm.models.decoder import Decoder
     from sharding import make_mesh
 
     mesh = None if data * tensor == 1 else make_mesh(data=data, tensor=tensor)

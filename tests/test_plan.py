@@ -18,7 +18,8 @@ from benchmarks.shapes import SHAPES
 from jaxllm.config import EngineConfig
 from jaxllm.execution.abstract import abstract_cache, abstract_parameters
 from jaxllm.execution.layout import Layout, lay_out
-from jaxllm.models.decoder import Decoder, DecoderForm
+from jaxllm.models.blocks import DecoderForm
+from jaxllm.models.decoder import Decoder
 from jaxllm.models.families import translate_config
 from jaxllm.plan import _held, main
 from sharding import MESH_AXES

@@ -20,8 +20,8 @@ from jaxllm.execution.pooling import PoolingRunner
 from jaxllm.execution.runner import Runner
 from jaxllm.layers.attention import choose_backend
 from jaxllm.layers.latent_attention import choose_latent_backend
+from jaxllm.models.blocks import DecoderForm
 from jaxllm.models.config import ModelConfig
-from jaxllm.models.decoder import DecoderForm
 from jaxllm.models.families import translate_config
 from jaxllm.models.fitting import shard_of, shard_specs
 from jaxllm.models.hub import read_config, resolve_model

@@ -12,8 +12,8 @@ from jax.sharding import AbstractMesh
 from jaxllm.config import EngineConfig
 from jaxllm.execution.memory import page_bytes, step_bytes
 from jaxllm.models.attention_kind import cache_rows
+from jaxllm.models.blocks import DecoderForm
 from jaxllm.models.config import ModelConfig
-from jaxllm.models.decoder import DecoderForm
 from jaxllm.models.fitting import shard_of, shard_specs
 from jaxllm.models.pipelined_decoder import make_decoder
 from jaxllm.models.stages import Stages

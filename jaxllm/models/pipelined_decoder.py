@@ -25,8 +25,9 @@ from jax.sharding import PartitionSpec
 
 from jaxllm.layers.attention import AttentionInputs, OneOfWindows
 from jaxllm.layers.linear import OneOfStack
+from jaxllm.models.blocks import DecoderForm, DecoderLayer
 from jaxllm.models.config import ModelConfig
-from jaxllm.models.decoder import CACHE_AXES, Decoder, DecoderForm, DecoderLayer, TokenInputs
+from jaxllm.models.decoder import CACHE_AXES, Decoder, TokenInputs
 from jaxllm.models.graph import merge_module
 from jaxllm.models.stages import Stages
 from sharding import partition_spec

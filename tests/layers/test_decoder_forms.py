@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxllm.models.blocks import DecoderForm
 from jaxllm.models.config import ModelConfig
-from jaxllm.models.decoder import Decoder, DecoderForm, TokenInputs
+from jaxllm.models.decoder import Decoder, TokenInputs
 from jaxllm.models.families import translate_config
 from pallas_kernels.ragged_paged_attention import Backend
 from tests.parity.cases import CASES

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxllm.models.decoder import Decoder, DecoderForm, TokenInputs
+from jaxllm.models.blocks import DecoderForm
+from jaxllm.models.decoder import Decoder, TokenInputs
 from jaxllm.models.families import translate_config
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.grouped_matmul.shapes import EXPERTS

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from jax.sharding import AbstractMesh
 
 from jaxllm.errors import ConfigError
+from jaxllm.models.blocks import DecoderForm
 from jaxllm.models.config import ModelConfig
-from jaxllm.models.decoder import Decoder, DecoderForm, parameter_specs
+from jaxllm.models.decoder import Decoder, parameter_specs
 from jaxllm.models.dummy import DummySource
 from jaxllm.models.fitting import FittedSource, fit_to_shards, fitted_array, shard_of, shard_specs
 from jaxllm.models.parameters import ParameterSpec

@@ -25,8 +25,9 @@ from jaxllm.execution.layout import Layout, lay_out
 from jaxllm.execution.memory import page_bytes
 from jaxllm.execution.sampler import SamplerState
 from jaxllm.execution.step import step
+from jaxllm.models.blocks import DecoderForm
 from jaxllm.models.config import ModelConfig
-from jaxllm.models.decoder import Decoder, DecoderForm
+from jaxllm.models.decoder import Decoder
 from jaxllm.models.families import translate_config
 from jaxllm.models.fitting import shard_of
 from sharding import MESH_AXES

@@ -108,7 +108,8 @@ from pathlib import Path
 import jax, numpy as np
 from sharding import ShardingError, make_mesh, named_sharding
 from jaxllm.errors import ConfigError
-from jaxllm.models.decoder import Decoder, DecoderForm
+from jaxllm.models.blocks import DecoderForm
+from jaxllm.models.decoder import Decoder
 from jaxllm.models.fitting import fitted_array
 from jaxllm.models.loader import load_parameters
 from jaxllm.models.orbax_checkpoint import save_parameters

@@ -24,8 +24,9 @@ from jaxllm.execution.abstract import (
 from jaxllm.execution.batch import StepShape
 from jaxllm.execution.sampler import SamplerState
 from jaxllm.execution.step import step
+from jaxllm.models.blocks import DecoderForm
 from jaxllm.models.config import ModelConfig, MoEConfig, RopeConfig
-from jaxllm.models.decoder import Decoder, DecoderForm
+from jaxllm.models.decoder import Decoder
 from jaxllm.models.pipelined_decoder import make_decoder
 from sharding import make_mesh
 from tests.parallel.hlo import Module, collectives, copies_of, parse, replica_groups

@@ -20,8 +20,9 @@ from jaxllm.execution.abstract import (
 from jaxllm.execution.batch import StepShape
 from jaxllm.execution.sampler import SamplerState
 from jaxllm.execution.step import step
+from jaxllm.models.blocks import DecoderForm
 from jaxllm.models.config import MoEConfig
-from jaxllm.models.decoder import Decoder, DecoderForm
+from jaxllm.models.decoder import Decoder
 from sharding import make_mesh
 from tests.parallel.eight_devices import collectives
 from tests.parallel.eight_devices.same_tokens import make_llm

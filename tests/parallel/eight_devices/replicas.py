@@ -27,8 +27,9 @@ from jaxllm.execution.batch import StepShape
 from jaxllm.execution.sampler import SamplerState
 from jaxllm.execution.step import step
 from jaxllm.layers.expert_exchange import block_size, exchange
+from jaxllm.models.blocks import DecoderForm
 from jaxllm.models.config import ModelConfig, MoEConfig
-from jaxllm.models.decoder import Decoder, DecoderForm
+from jaxllm.models.decoder import Decoder
 from jaxllm.models.families import translate_config
 from jaxllm.scheduling import Plan, ReplicatedScheduler, load_policy
 from jaxllm.scheduling.recording.schedule import Schedule, read_schedule
