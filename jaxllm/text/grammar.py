@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
@@ -23,6 +24,8 @@ from jaxllm.errors import InvalidRequestError
 from jaxllm.structured_outputs import StructuredOutputsConfig, StructuredOutputsParams
 from jaxllm.text.constraints import grammar_of, locate
 from jaxllm.text.thinking import ThinkingBudget
+
+_MAX_THREADS = 32
 
 COMPILE_SECONDS = 20.0
 """How long a request waits for its grammar before it is refused."""
@@ -129,8 +132,11 @@ class GrammarMatcher:
 
 @functools.cache
 def _executor() -> llguidance.LLExecutor:
-    """The threads that fill masks."""
-    return llguidance.LLExecutor()
+    """The threads that fill masks: on all cores, for whoever wants the masks does nothing else meanwhile.
+
+    Left to itself llguidance takes four cores in five, which of two is one.
+    """
+    return llguidance.LLExecutor(min(os.cpu_count() or 1, _MAX_THREADS))
 
 
 def fill_masks(matchers: Sequence[tuple[GrammarMatcher, int]], masks: np.ndarray) -> None:
