@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import jax.numpy as jnp
 
 from jaxllm.layers.attention import Attention
@@ -18,7 +20,9 @@ def make_attention(
     """The attention of a layer."""
     if config.mla is None:
         return Attention(config, dtype, feature_major, backend, split_over)
-    return LatentAttention(config, config.mla, dtype, feature_major, backend, split_over)
+    # Of the backends, latents know all but the CPU's, which is never chosen for them.
+    latent_backend = cast(latent_op.Backend, backend)
+    return LatentAttention(config, config.mla, dtype, feature_major, latent_backend, split_over)
 
 
 def cache_rows(config: ModelConfig, backend: op.Backend, shards: int) -> tuple[int, int]:
@@ -26,7 +30,7 @@ def cache_rows(config: ModelConfig, backend: op.Backend, shards: int) -> tuple[i
     if config.mla is None:
         return op.cache_rows(backend, config.num_kv_heads // shards, config.head_dim)
     rank, rope_dim = config.mla.kv_lora_rank, config.mla.rope_head_dim
-    return latent_op.cache_rows(backend, rank, rope_dim)
+    return latent_op.cache_rows(cast(latent_op.Backend, backend), rank, rope_dim)
 
 
 def cache_bytes_per_token(config: ModelConfig, backend: op.Backend, dtype: jnp.dtype) -> int:
