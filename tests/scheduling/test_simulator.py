@@ -473,7 +473,7 @@ class TestCommandLine:
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         page, file = tmp_path / "out.html", tmp_path / "out.json"
-        given = ("-dp", "3", "-tp", "2", "-pp", "2", "--device", "v6e", "--workload", "chat")
+        given = ("-dp", "3", "-tp", "2", "-pp", "2", "--device", "v6e", "--workload", "chat", "--rate", "40")
         assert self.run(*given, "--html", str(page), "--json", str(file)) == 0
         assert "3 replicas on 12 x v6e" in capsys.readouterr().out
         assert page.read_text().count("<table>") == 2
