@@ -15,8 +15,8 @@ import jaxllm
 
 PACKAGES = (
     *("jax", "jaxlib", "flax", "numpy", "ml-dtypes", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin"),
-    *("jax-triton", "transformers", "tokenizers", "safetensors", "huggingface-hub", "orbax-checkpoint"),
-    *("llguidance", "fastapi", "pydantic", "uvicorn"),
+    *("jax-triton", "numba", "transformers", "tokenizers", "safetensors", "huggingface-hub"),
+    *("orbax-checkpoint", "llguidance", "fastapi", "pydantic", "uvicorn"),
 )
 
 # Beginnings of the names of variables that change what is computed, or where.

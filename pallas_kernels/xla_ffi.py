@@ -80,5 +80,10 @@ def missing() -> str | None:
 
 
 def register(name: str, address: int) -> None:
-    """Makes the handler at an address known to XLA on CPUs; once for each name in a process."""
+    """Makes the handler at an address known to XLA on CPUs; once for each name in a process.
+
+    Raises:
+        RuntimeError: XLA takes no handler of the version that this one says it is of.
+    """
+    jax.local_devices(backend="cpu")  # before there are any, XLA would look at no handler
     jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(ctypes.c_void_p(address)), platform="cpu")
