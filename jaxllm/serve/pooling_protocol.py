@@ -78,8 +78,10 @@ class InputBody(PoolingBody):
 
     @property
     def inputs(self) -> list[str | list[int]]:
-        """What `input` holds, one by one."""
+        """What `input` holds, one by one; nothing where there are messages instead."""
         given = self.input or []
+        if not given:
+            return []
         if isinstance(given, str) or isinstance(given[0], int):
             return [given]  # type: ignore[list-item]
         return list(given)  # type: ignore[arg-type]
