@@ -125,7 +125,8 @@ def run(options: argparse.Namespace, machine: Machine) -> Iterator[Timing | Left
                 yield LeftOut(layer_name, work_name, f"it takes {floor:.1f} s at best")
             else:
                 settings[work_name] = Setting(layer, work, dtype, options.page_size, num_layers, options.seed)
-        names = options.backend or [*backends_here(layer, dtype), *peers]
+        here = backends_here(layer, dtype)
+        names = options.backend or [*(here[-1:] if machine.platform == "cpu" else here), *peers]
         prepared = prepare_all(settings, names)
         for work_name, setting in settings.items():
             ready: dict[str, Prepared] = {}
@@ -262,7 +263,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--backend",
         choices=[*BACKENDS, *PEERS],
-        help="default: all that run here; of the peers, on a CPU, dense alone",
+        help="default: all that run here; on a CPU, what users get, and dense",
         **several,
     )
     parser.add_argument("--dtype", help="default: float32 on CPU, else bfloat16")

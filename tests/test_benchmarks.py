@@ -359,18 +359,19 @@ def test_attention_is_timed(small_shapes: None, tmp_path: Path, capsys: pytest.C
     kernels.main([*names, "--budget", "0.001", "--json", str(out), "--plot", str(picture)])
     timings = json.loads(out.read_text())["timings"]
     done = [(t["layer"], t["work"], t["implementation"]) for t in timings]
-    works = ("decode", "mixed")
-    every = itertools.product(("small", "small, odd"), works, ("xla", "cpu", "dense"))
-    assert done == [*every, *itertools.product(("latent",), works, ("xla", "dense"))]
+    every = itertools.product(("small", "small, odd", "latent"), ("decode", "mixed"))
+    here = {layer: attention.backends_here(LAYERS[layer], np.dtype(np.float32)) for layer in LAYERS}
+    assert done == [(layer, work, by) for layer, work in every for by in (here[layer][-1], "dense")]
     for timing in timings:
-        peers = {"dense"} if timing["implementation"] != "dense" else set()
+        peers = set() if timing["implementation"] == "dense" else {"dense"}
         assert timing["times_as_fast_as"].keys() == peers
         assert timing["seconds"] > 0
         assert timing["floor"] == max(timing["num_bytes"], timing["flops"]) / 1e9
     assert picture.stat().st_size > 1000
     said = capsys.readouterr().out
     assert "endless: left out, its cache of " in said
-    assert re.search(r"xla is slower than dense at \d of 6 shapes", said)
+    slower = re.findall(r"(\w+) is slower than dense at \d of (\d) shapes", said)
+    assert slower in ([("cpu", "4"), ("xla", "2")], [("xla", "6")])
 
 
 @pytest.mark.parametrize("layer", ["small, odd", "latent"])
