@@ -133,7 +133,7 @@ def test_what_it_cannot_do_is_refused(head_dim: int, scale: float, message: str)
         triton.attend(*batch.operands, AttentionOptions(scale=scale, decode_only=True))
 
 
-LATENT = "deepseek-v3, decode", "deepseek-v3 tp8, decode", "deepseek-v3, mixed"
+LATENT = "deepseek-v3, decode", "deepseek-v3 tp8, decode"
 
 
 def reports(capability: int, *names: str) -> list[dict[str, Any]]:
