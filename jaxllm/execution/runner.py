@@ -275,9 +275,9 @@ class Runner:
         floats = [_one_after_the_other([batch.floats for batch in of_stage]) for of_stage in batches]
         output = self.executor.launch(RunStep(shape, _stacked(integers), _stacked(floats)))
         leaving = stages[-1]
-        if leaving is not None and leaving.shape != shape:
-            leaving.packed.move(leaving.shape, shape)
         if leaving is not None:
+            if leaving.shape != shape:
+                leaving.packed.move(leaving.shape, shape)
             if leaving.late:
                 rows = late_rows(leaving.plan, leaving.packed)
                 self._half_done = HalfDone(leaving.pending, batches[-1], rows)

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from pallas_kernels.mla_ragged_paged_attention.gpu_kernel import KEYS, ROWS, attend_tiles
 from pallas_kernels.mla_ragged_paged_attention.rows import query_rows, token_rows
 from pallas_kernels.ragged_paged_attention.cache import write_rows
-from pallas_kernels.ragged_paged_attention.gpu import NUM_SMS
-from pallas_kernels.ragged_paged_attention.gpu_tiles import attend_in_tiles, split_decodes
+from pallas_kernels.ragged_paged_attention.gpu import NUM_SMS, refuse_page_size
+from pallas_kernels.ragged_paged_attention.gpu_schedule import TwoCuts
+from pallas_kernels.ragged_paged_attention.gpu_tiles import attend_in_tiles, refuse_scale, split_decodes
 from pallas_kernels.ragged_paged_attention.options import AttentionOptions
 
 
@@ -42,22 +43,11 @@ class Cut:
     def keys(self) -> int:
         return KEYS
 
-    @property
-    def is_split(self) -> bool:
-        return self.splits > 0 and self.pieces > 1
 
+class Tiling(TwoCuts[Cut]):
+    """See `TwoCuts`."""
 
-@dataclass(frozen=True)
-class Tiling:
-    """How sequences of few queries are cut, and those of many."""
-
-    short: Cut
-    long: Cut
-
-    @classmethod
-    def from_fields(cls, fields: dict[str, Any]) -> Tiling:
-        """What `dataclasses.asdict` made of one."""
-        return cls(Cut(**fields["short"]), Cut(**fields["long"]))
+    cut = Cut
 
 
 def attend(
@@ -122,16 +112,11 @@ def _refuse_unsupported(
             f"The gpu backend multiplies bfloat16 or float16 with pages of the same; q_latent is "
             f"{q_latent.dtype.name} and pages are {pages.dtype.name}. Use backend='xla'."
         )
-    if options.scale <= 0:
-        raise ValueError(f"The gpu backend needs a positive scale; got {options.scale}. Use backend='xla'.")
+    refuse_scale("gpu", options)
     if rank % 128 or rank > 512 or width % 64 or width > 576 or pages.shape[3] % 8:
         raise ValueError(
             "The gpu backend needs latents of 128, 256, 384 or 512 numbers, with the rotated key a multiple "
             f"of 64 up to 576, in rows of a multiple of 8; got {rank}, {width} and {pages.shape[3]}. Use "
             "backend='xla'."
         )
-    if page_size % 8 or (64 % page_size and page_size % 64):
-        raise ValueError(
-            "The gpu backend needs a page_size of 8, 16 or 32, or a multiple of 64; got "
-            f"{page_size}. Change the page size, or use backend='xla'."
-        )
+    refuse_page_size(page_size)

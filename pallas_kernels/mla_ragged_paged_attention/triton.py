@@ -17,7 +17,12 @@ from jax.experimental import pallas as pl
 from pallas_kernels.mla_ragged_paged_attention import TRITON_LIMITS
 from pallas_kernels.mla_ragged_paged_attention.rows import query_rows, token_rows
 from pallas_kernels.ragged_paged_attention.cache import write_rows
-from pallas_kernels.ragged_paged_attention.gpu_tiles import attend_in_tiles, cost_of_tiles, split_decodes
+from pallas_kernels.ragged_paged_attention.gpu_tiles import (
+    attend_in_tiles,
+    cost_of_tiles,
+    refuse_scale,
+    split_decodes,
+)
 from pallas_kernels.ragged_paged_attention.options import AttentionOptions
 from pallas_kernels.ragged_paged_attention.triton import (
     NUM_SMS,
@@ -59,10 +64,7 @@ def attend(
         ValueError: what this kernel cannot do.
     """
     rank, rope_dim = q_latent.shape[2], q_rope.shape[2]
-    if options.scale <= 0:
-        raise ValueError(
-            f"The triton backend needs a positive scale; got {options.scale}. Use backend='xla'."
-        )
+    refuse_scale("triton", options)
     most_rank, most_rope = TRITON_LIMITS
     if rank > most_rank or rope_dim > most_rope:
         raise ValueError(

@@ -7,7 +7,6 @@ kernel.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -15,25 +14,18 @@ import jax.numpy as jnp
 
 from pallas_kernels.ragged_paged_attention.cache import write_new_tokens
 from pallas_kernels.ragged_paged_attention.gpu_kernel import attend_tiles
-from pallas_kernels.ragged_paged_attention.gpu_schedule import Cut
-from pallas_kernels.ragged_paged_attention.gpu_tiles import attend_in_tiles, split_decodes
+from pallas_kernels.ragged_paged_attention.gpu_schedule import Cut, TwoCuts
+from pallas_kernels.ragged_paged_attention.gpu_tiles import attend_in_tiles, refuse_scale, split_decodes
 from pallas_kernels.ragged_paged_attention.options import AttentionOptions
 
 # Streaming multiprocessors of an H100 or H200; on others only the balance of the work differs.
 NUM_SMS = 132
 
 
-@dataclass(frozen=True)
-class Tiling:
-    """How sequences of few queries are cut, and those of many."""
+class Tiling(TwoCuts[Cut]):
+    """See `TwoCuts`."""
 
-    short: Cut
-    long: Cut
-
-    @classmethod
-    def from_fields(cls, fields: dict[str, Any]) -> Tiling:
-        """What `dataclasses.asdict` made of one."""
-        return cls(Cut(**fields["short"]), Cut(**fields["long"]))
+    cut = Cut
 
 
 def attend(
@@ -101,6 +93,15 @@ def choose_tiling(
     return Tiling(Cut(pairs=pairs, stages=stages, splits=splits, pieces=pieces), long)
 
 
+def refuse_page_size(page_size: int) -> None:
+    """Raises: pages do not fill blocks of 64 keys, nor blocks pages."""
+    if page_size % 8 or (64 % page_size and page_size % 64):
+        raise ValueError(
+            "The gpu backend needs a page_size of 8, 16 or 32, or a multiple of 64; got "
+            f"{page_size}. Change the page size, or use backend='xla'."
+        )
+
+
 def _refuse_unsupported(q: jax.Array, kv_pages: jax.Array, options: AttentionOptions) -> None:
     head_dim, page_size = q.shape[-1], kv_pages.shape[2]
     if q.dtype not in (jnp.bfloat16, jnp.float16):
@@ -108,8 +109,7 @@ def _refuse_unsupported(q: jax.Array, kv_pages: jax.Array, options: AttentionOpt
             f"The gpu backend multiplies bfloat16 or float16; q is {q.dtype.name}. Use backend='xla', which "
             "computes in float32."
         )
-    if options.scale <= 0:
-        raise ValueError(f"The gpu backend needs a positive scale; got {options.scale}. Use backend='xla'.")
+    refuse_scale("gpu", options)
     if kv_pages.dtype != q.dtype and kv_pages.dtype.itemsize > 1:
         raise ValueError(
             f"The gpu backend reads pages of 8 bits or of q's dtype, {q.dtype.name}; kv_pages are "
@@ -120,11 +120,7 @@ def _refuse_unsupported(q: jax.Array, kv_pages: jax.Array, options: AttentionOpt
             f"The gpu backend needs a head_dim that is a multiple of 16 up to 256; got {head_dim}. Use "
             "backend='xla'."
         )
-    if page_size % 8 or (64 % page_size and page_size % 64):
-        raise ValueError(
-            "The gpu backend needs a page_size of 8, 16 or 32, or a multiple of 64; got "
-            f"{page_size}. Change the page size, or use backend='xla'."
-        )
+    refuse_page_size(page_size)
     if options.tree_mask is not None and options.tree_mask.shape[1] > 64:
         raise ValueError(
             "The gpu backend takes trees of up to 64 tokens; tree_mask has "

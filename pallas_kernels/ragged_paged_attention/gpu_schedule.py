@@ -10,7 +10,7 @@ the layer.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -42,8 +42,28 @@ class KeyCut(Protocol):
     def splits(self) -> int: ...
     @property
     def pieces(self) -> int: ...
-    @property
-    def is_split(self) -> bool: ...
+
+
+def is_split(cut: KeyCut) -> bool:
+    """Whether the keys of one tile may be cut into several pieces."""
+    return cut.splits > 0 and cut.pieces > 1
+
+
+C = TypeVar("C")
+
+
+@dataclass(frozen=True)
+class TwoCuts(Generic[C]):
+    """How sequences of few queries are cut, and those of many; a backend's tiling names the class of both."""
+
+    cut: ClassVar[type[Any]]
+    short: C
+    long: C
+
+    @classmethod
+    def from_fields(cls, fields: dict[str, Any]) -> Self:
+        """What `dataclasses.asdict` made of one."""
+        return cls(cls.cut(**fields["short"]), cls.cut(**fields["long"]))
 
 
 @dataclass(frozen=True)
@@ -74,10 +94,6 @@ class Cut:
     def threads(self) -> int:
         """Warpgroups of a thread block: those that compute, and one for each pair that fetches."""
         return self.pairs * (self.warpgroups + 1)
-
-    @property
-    def is_split(self) -> bool:
-        return self.splits > 0 and self.pieces > 1
 
 
 class Tiles(NamedTuple):
@@ -228,7 +244,7 @@ def cut_keys(tiles: Tiles, cut: KeyCut, page_size: int) -> Work:
     stop = tiles.end.max(axis=1)
     blocks = jnp.where(tiles.used, -(-(stop - start) // cut.keys), 0)
     num_tiles = blocks.shape[0]
-    if cut.is_split:
+    if is_split(cut):
         # A piece shorter than a few blocks costs more in merging than it gains.
         length = jnp.maximum(-(-blocks.sum() // cut.splits), 4)
         pieces = jnp.minimum(-(-blocks // length), cut.pieces)

@@ -26,6 +26,7 @@ from pallas_kernels.ragged_paged_attention.gpu_schedule import (
     cut_long,
     cut_short,
     is_short,
+    is_split,
     short_tiles,
 )
 from pallas_kernels.ragged_paged_attention.options import AttentionOptions
@@ -133,6 +134,14 @@ def cost_of_tiles(
     )
 
 
+def refuse_scale(backend: str, options: AttentionOptions) -> None:
+    """Raises: the maximum of scaled logits is not the scaled maximum where a scale is not positive."""
+    if options.scale <= 0:
+        raise ValueError(
+            f"The {backend} backend needs a positive scale; got {options.scale}. Use backend='xla'."
+        )
+
+
 def split_decodes(
     group: int, kv_heads: int, num_seqs: int, units: int, rows: int, options: AttentionOptions
 ) -> tuple[int, int]:
@@ -191,9 +200,9 @@ def _attend(
         scale=options.scale,
         soft_cap=options.soft_cap,
         cut=cut,
-        out_dtype=jnp.float32 if cut.is_split else q.dtype,
+        out_dtype=jnp.float32 if is_split(cut) else q.dtype,
     )
-    return _merge(out, lse, work, cut.pieces) if cut.is_split else (out, lse)
+    return _merge(out, lse, work, cut.pieces) if is_split(cut) else (out, lse)
 
 
 def _merge(out: jax.Array, lse: jax.Array, work: Work, pieces: int) -> tuple[jax.Array, jax.Array]:

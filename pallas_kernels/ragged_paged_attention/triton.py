@@ -18,7 +18,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.ragged_paged_attention.cache import write_new_tokens
-from pallas_kernels.ragged_paged_attention.gpu_tiles import attend_in_tiles, cost_of_tiles, split_decodes
+from pallas_kernels.ragged_paged_attention.gpu_schedule import TwoCuts
+from pallas_kernels.ragged_paged_attention.gpu_tiles import (
+    attend_in_tiles,
+    cost_of_tiles,
+    refuse_scale,
+    split_decodes,
+)
 from pallas_kernels.ragged_paged_attention.options import AttentionOptions
 
 # Streaming multiprocessors of an A100; on others only the balance of the work differs.
@@ -43,22 +49,11 @@ class Cut:
     warps: int = 4
     stages: int = 2
 
-    @property
-    def is_split(self) -> bool:
-        return self.splits > 0 and self.pieces > 1
 
+class Tiling(TwoCuts[Cut]):
+    """See `TwoCuts`."""
 
-@dataclass(frozen=True)
-class Tiling:
-    """How sequences of few queries are cut, and those of many."""
-
-    short: Cut
-    long: Cut
-
-    @classmethod
-    def from_fields(cls, fields: dict[str, Any]) -> Tiling:
-        """What `dataclasses.asdict` made of one."""
-        return cls(Cut(**fields["short"]), Cut(**fields["long"]))
+    cut = Cut
 
 
 @dataclass(frozen=True)
@@ -115,10 +110,7 @@ def attend(
         ValueError: what this kernel cannot do.
     """
     head_dim = q.shape[-1]
-    if options.scale <= 0:
-        raise ValueError(
-            f"The triton backend needs a positive scale; got {options.scale}. Use backend='xla'."
-        )
+    refuse_scale("triton", options)
     if head_dim > 256:
         raise ValueError(
             f"The triton backend needs a head_dim of up to 256; got {head_dim}. Use backend='xla'."
