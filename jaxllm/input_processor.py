@@ -22,7 +22,7 @@ from jaxllm.sampling_params import RequestOutputKind, SamplingParams, eos_token_
 from jaxllm.scheduling.policies import terms_of
 from jaxllm.structured_outputs import StructuredOutputsConfig
 from jaxllm.text.grammar import GrammarCompiler
-from jaxllm.text.thinking import ThinkingBudget
+from jaxllm.text.thinking import ThinkingBudget, refuse_unbounded
 
 logger = logging.getLogger(__name__)
 
@@ -156,6 +156,7 @@ class InputProcessor:
         self.check_terms(terms)
         text, given_ids, own_salt = split_prompt(prompt)
         params = self._prepare_params(params)
+        refuse_unbounded(params, thinking)
         if final_only:
             params.output_kind = RequestOutputKind.FINAL_ONLY
         token_ids = self.tokenize(text or "") if given_ids is None else as_token_ids(given_ids)

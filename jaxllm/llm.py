@@ -24,6 +24,7 @@ from jaxllm.request import NO_TERMS, Request, SchedulingTerms
 from jaxllm.sampling_params import BeamSearchParams, SamplingParams
 from jaxllm.stats import Metric, snapshot_metrics
 from jaxllm.text.chat_template import ContentFormat, render_chat
+from jaxllm.text.reasoner import Reasoner
 
 if TYPE_CHECKING:
     from jaxllm.engine import Engine
@@ -46,13 +47,20 @@ class LLM(PoolingMethods):
     """
 
     def __init__(
-        self, model: str | Path = DEMO_MODEL, *, chat_template: str | Path | None = None, **arguments: Any
+        self,
+        model: str | Path = DEMO_MODEL,
+        *,
+        chat_template: str | Path | None = None,
+        reasoning_parser: str | None = None,
+        **arguments: Any,
     ) -> None:
         """Load a model and prepare to run it.
 
         Args:
             model: a directory, a hub name, or "demo" for the bundled demonstration model.
             chat_template: Jinja source, or a file that holds it, instead of the tokenizer's own.
+            reasoning_parser: how the model marks its reasoning ("qwen3", "deepseek_r1", ...): for
+                `thinking_token_budget`, and for `structured_outputs` to hold for the answer alone.
             **arguments: fields of `jaxllm.config.EngineConfig`, which are vLLM's.
 
         Raises:
@@ -63,21 +71,25 @@ class LLM(PoolingMethods):
         """
         config = engine_config_from(model, arguments)
         template = _read_chat_template(chat_template)
+        reasoner = Reasoner(reasoning_parser)
         # Here, so that a bad argument is refused before JAX is imported.
         from jaxllm.engine import Engine
 
-        self._start(Engine.from_config(config), template)
+        self._start(Engine.from_config(config), template, reasoner)
 
     @classmethod
-    def from_engine(cls, engine: Engine, *, chat_template: str | Path | None = None) -> LLM:
+    def from_engine(
+        cls, engine: Engine, *, chat_template: str | Path | None = None, reasoning_parser: str | None = None
+    ) -> LLM:
         """An `LLM` over an engine that exists already."""
         llm = cls.__new__(cls)
-        llm._start(engine, _read_chat_template(chat_template))
+        llm._start(engine, _read_chat_template(chat_template), Reasoner(reasoning_parser))
         return llm
 
-    def _start(self, engine: Engine, chat_template: str | None) -> None:
+    def _start(self, engine: Engine, chat_template: str | None, reasoner: Reasoner) -> None:
         self._engine: Engine | None = engine
         self._chat_template = chat_template
+        self._reasoner = reasoner
         self._lock = threading.RLock()
         self._next_id = 0
         self._enqueued: list[str] = []
@@ -351,19 +363,31 @@ class LLM(PoolingMethods):
         each_terms: Sequence[SchedulingTerms],
     ) -> list[str]:
         """Give all prompts to the engine, or none of them where one cannot be served."""
-        engine = self.llm_engine
         if params is None:
             params = self.get_default_sampling_params()
         each_params = _one_for_each("sampling_params", params, len(prompts))
         request_ids = self._new_ids(len(prompts))
-        processed = [
-            engine.input_processor.process(request_id, prompt, own_params, terms=own_terms, final_only=True)
-            for request_id, prompt, own_params, own_terms in zip(
-                request_ids, prompts, each_params, each_terms, strict=True
-            )
-        ]
-        self._submit_processed(processed)
+        each = zip(request_ids, prompts, each_params, each_terms, strict=True)
+        self._submit_processed([self._process(*one) for one in each])
         return request_ids
+
+    def _process(
+        self, request_id: str, prompt: PromptType, params: SamplingParams, terms: SchedulingTerms
+    ) -> ProcessedInput:
+        processor = self.llm_engine.input_processor
+        after: tuple[int, ...] = ()
+        thinking = None
+        if isinstance(params, SamplingParams):  # Anything else is refused below.
+            after, thinking = self._reasoner.of(prompt, params, processor.tokenizer)
+        return processor.process(
+            request_id,
+            prompt,
+            params,
+            terms=terms,
+            final_only=True,
+            grammar_after=after,
+            thinking=thinking,
+        )
 
     def _new_ids(self, count: int) -> list[str]:
         ids = [str(self._next_id + i) for i in range(count)]

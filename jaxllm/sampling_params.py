@@ -122,6 +122,8 @@ class SamplingParams:
         bad_words: sequences of tokens that are never completed.
         skip_reading_prefix_cache: compute the whole prompt even where the prefix cache holds it. Requests
             with `prompt_logprobs` always do.
+        thinking_token_budget: tokens of reasoning at most; then the mark that ends it is written. Needs
+            `LLM(reasoning_parser=...)`; None and -1 are no bound.
         repetition_detection: ends output that goes in circles, with finish reason "repetition".
         guided_decoding: what older releases of vLLM called `structured_outputs`; moved there.
         bad_words_token_ids: `bad_words` as token ids; filled in by the engine.
@@ -214,10 +216,6 @@ class SamplingParams:
             )
 
     def _refuse_unsupported(self) -> None:
-        if isinstance(self.thinking_token_budget, int) and self.thinking_token_budget == -1:
-            self.thinking_token_budget = None
-        if self.thinking_token_budget is not None:
-            _unsupported("thinking_token_budget", "bound the whole output with max_tokens")
         if self.logprob_token_ids is not None:
             _unsupported("logprob_token_ids", "ask for logprobs=k, or logprobs=-1 for the whole vocabulary")
         if self.extra_args:
@@ -255,6 +253,11 @@ class SamplingParams:
         if self.max_tokens is not None:
             self.max_tokens = integer("max_tokens", self.max_tokens, low=1)
         self.min_tokens = integer("min_tokens", self.min_tokens, low=0)
+        if self.thinking_token_budget is not None:
+            budget = integer(
+                "thinking_token_budget", self.thinking_token_budget, low=-1, off="-1 for no bound"
+            )
+            self.thinking_token_budget = None if budget == -1 else budget
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             refuse("min_tokens", self.min_tokens, f"at most max_tokens={self.max_tokens}")
         boolean("ignore_eos", self.ignore_eos)

@@ -234,7 +234,6 @@ def test_output_kind() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("thinking_token_budget", 5),
         ("logprob_token_ids", [1]),
         ("extra_args", {"a": 1}),
         ("watermarking", True),
@@ -250,8 +249,14 @@ def test_what_is_not_supported_is_refused_by_name(field: str, value: Any) -> Non
 
 
 def test_what_asks_for_nothing_unsupported_is_accepted() -> None:
-    params = SamplingParams(thinking_token_budget=-1, extra_args={}, flat_logprobs=False, watermarking=False)
-    assert params.thinking_token_budget is None
+    SamplingParams(logprob_token_ids=None, extra_args={}, flat_logprobs=False, watermarking=False)
+
+
+def test_thinking_token_budget() -> None:
+    assert SamplingParams(thinking_token_budget=-1).thinking_token_budget is None
+    assert SamplingParams(thinking_token_budget=0).thinking_token_budget == 0
+    for wrong in (-2, 1.0, True, "3"):
+        refused("^thinking_token_budget must be", "thinking_token_budget", thinking_token_budget=wrong)
 
 
 def test_structured_outputs_under_both_names() -> None:

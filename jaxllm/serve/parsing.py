@@ -129,13 +129,10 @@ class OutputParsers:
         Raises:
             InvalidRequestError: it wants a form, and no grammar knows how this model writes calls.
         """
-        reasoning = self.reasoning
-        thinks = reasoning is not None and (reasoning.is_harmony or reasoning.starts_inside(prompt))
-        after = tuple(reasoning.answer_mark(tokenizer)) if reasoning is not None and thinks else ()
         return Demands(
             self._marks_of(body).isdisjoint(_special_tokens(tokenizer)),
             self._form_of(body),
-            after,
+            () if self.reasoning is None else self.reasoning.answer_after(prompt, tokenizer),
             self._thinking_of(body, prompt, tokenizer),
         )
 
@@ -145,18 +142,18 @@ class OutputParsers:
         Raises:
             InvalidRequestError: this server cannot tell where reasoning begins and ends.
         """
-        budget, reasoning = body.thinking_token_budget, self.reasoning
+        budget = body.thinking_token_budget
         if budget is None or budget < 0:
             return None
-        if reasoning is None or reasoning.is_harmony:
-            why = "it has none" if reasoning is None else "openai_gptoss has no mark of its end alone"
+        thinking = None if self.reasoning is None else self.reasoning.bound(budget, prompt, tokenizer)
+        if thinking is None:
+            why = "it has none" if self.reasoning is None else "openai_gptoss has no mark of its end alone"
             raise InvalidRequestError(
                 f"Field 'thinking_token_budget' is {budget}: it needs a server with a --reasoning-parser that"
                 f" knows where reasoning begins and ends, and {why}. Leave the field out.",
                 param="thinking_token_budget",
             )
-        start = () if reasoning.starts_inside(prompt) else reasoning.start_mark(tokenizer)
-        return ThinkingBudget(reasoning.answer_mark(tokenizer), budget, start)
+        return thinking
 
     def _marks_of(self, body: ChatCompletionRequest) -> set[str]:
         """What the parsers of a chat look for."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from jaxllm.errors import InvalidRequestError
+from jaxllm.sampling_params import SamplingParams
+
 
 class ThinkingBudget:
     """How much reasoning one output may still hold. For one thread at a time.
@@ -49,3 +52,18 @@ class ThinkingBudget:
     def copy(self) -> ThinkingBudget:
         """An independent budget of the same size, of which nothing is used yet."""
         return ThinkingBudget(self._end, self._budget, self._start)
+
+
+def refuse_unbounded(params: SamplingParams, thinking: ThinkingBudget | None) -> None:
+    """Refuse a budget that nobody can hold, since nobody knows where reasoning begins and ends.
+
+    Raises:
+        InvalidRequestError: saying how that is told.
+    """
+    if params.thinking_token_budget is not None and thinking is None:
+        raise InvalidRequestError(
+            f"thinking_token_budget={params.thinking_token_budget} needs to know how the model marks its "
+            'reasoning: say so with LLM(..., reasoning_parser="qwen3") (an unknown name lists them), or '
+            "bound the whole output with max_tokens.",
+            param="thinking_token_budget",
+        )

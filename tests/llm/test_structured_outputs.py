@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxllm import LLM, BeamSearchParams, SamplingParams, StructuredOutputsParams
-from jaxllm.errors import InvalidRequestError
+from jaxllm.errors import ConfigError, InvalidRequestError
 from jaxllm.execution import token_masks
 from jaxllm.execution.commands import Command, RunStep, SampleLate
 from jaxllm.outputs import CompletionOutput, RequestOutput
@@ -304,6 +304,51 @@ def test_where_no_token_is_left_the_request_fails_and_says_why(llm: LLM) -> None
     assert failed.error is not None and "no token satisfies both structured_outputs and" in failed.error
     assert fine.error is None and fine.outputs[0].token_ids
     assert not llm.llm_engine.has_unfinished_requests()
+
+
+def test_a_reasoning_parser_offline_bounds_reasoning_and_frees_it_of_the_form(llm: LLM) -> None:
+    """A prompt says whether the output begins within the reasoning: as text, token ids or a conversation."""
+    engine, tokenizer = llm.llm_engine, llm.get_tokenizer()
+    thinking = LLM.from_engine(engine, reasoning_parser="mistral")
+    form = StructuredOutputsParams(choice=["never this"])
+    inside = "Who are you? [THINK]"
+    closed = f"{inside}[/THINK]"
+
+    def texts(prompts: list[Any], budget: int | None) -> list[str]:
+        params = SamplingParams(
+            max_tokens=60, seed=3, structured_outputs=form, thinking_token_budget=budget, n=2
+        )
+        outputs = thinking.generate(prompts, params, use_tqdm=False)
+        assert all(output.error is None for output in outputs)
+        return [completion.text for output in outputs for completion in output.outputs]
+
+    as_ids = tokenizer.encode(inside)
+    for budget in (0, 6):
+        for text in texts([inside, as_ids], budget):
+            thought, mark, answer = text.partition("[/THINK]")
+            # The mark may have been begun when the budget ran out.
+            assert mark and answer == "never this" and len(tokenizer.encode(thought)) <= 2 * budget
+    assert texts([closed], 6) == ["never this"] * 2  # Nothing is left to be thought.
+    assert any(not text.startswith("never") for text in texts([inside], None))
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    [said] = thinking.chat(
+        [{"role": "user", "content": inside}],
+        SamplingParams(max_tokens=60, structured_outputs=form, thinking_token_budget=0),
+        chat_template=template,
+        use_tqdm=False,
+    )
+    assert said.outputs[0].text == "[/THINK]never this"
+
+
+def test_a_thinking_budget_that_cannot_be_held_is_refused(llm: LLM) -> None:
+    params = SamplingParams(thinking_token_budget=5)
+    with pytest.raises(InvalidRequestError, match="reasoning_parser=") as caught:
+        llm.generate(PROMPTS, params, use_tqdm=False)
+    assert caught.value.param == "thinking_token_budget"
+    with pytest.raises(InvalidRequestError, match="no mark of its end alone"):
+        LLM.from_engine(llm.llm_engine, reasoning_parser="openai_gptoss").generate("Hello", params)
+    with pytest.raises(ConfigError, match="there are deepseek_r1"):
+        LLM("no such model", reasoning_parser="r1")
 
 
 def test_a_grammar_may_wait_for_tokens(llm: LLM) -> None:

@@ -117,11 +117,13 @@ def test_where_the_answer_begins() -> None:
             return [6] if text == "</think>" else [ord(character) for character in text]
 
     tokenizer = Tokenizer()
-    assert REASONING_FORMATS["qwen3"].answer_mark(tokenizer) == [6]
-    assert REASONING_FORMATS["mistral"].answer_mark(tokenizer) == [6]
-    granite = REASONING_FORMATS["granite"].answer_mark(tokenizer)
+    assert REASONING_FORMATS["qwen3"].answer_after("So", tokenizer) == (6,)
+    assert REASONING_FORMATS["qwen3"].answer_after("<think></think>\n", tokenizer) == ()
+    assert REASONING_FORMATS["mistral"].answer_after("[THINK]", tokenizer) == (6,)
+    assert REASONING_FORMATS["mistral"].answer_after("So", tokenizer) == ()
+    granite = REASONING_FORMATS["granite"].answer_after("Here's my thought process:", tokenizer)
     assert "".join(map(chr, granite)) == "Here is my response:"
-    final = REASONING_FORMATS["openai_gptoss"].answer_mark(tokenizer)
+    final = REASONING_FORMATS["openai_gptoss"].answer_after("", tokenizer)
     assert "".join(map(chr, final)) == "<|channel|>final<|message|>"
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from jaxllm.text.parsers import harmony
 from jaxllm.text.parsers.events import Content, Reasoning, Steps
 from jaxllm.text.parsers.reader import Reader
+from jaxllm.text.thinking import ThinkingBudget
 
 _LINE_BREAK = frozenset("\n")
 
@@ -42,16 +43,25 @@ class ReasoningFormat:
             return True
         return self.begins_inside and not tail.endswith(self.ends)
 
-    def answer_mark(self, tokenizer: Any) -> list[int]:
-        """Token ids behind which the answer begins, for a grammar that is to constrain it alone."""
+    def answer_after(self, prompt: str, tokenizer: Any) -> tuple[int, ...]:
+        """Token ids behind which the answer to a prompt begins, for a grammar that is to constrain it alone.
+
+        None where it begins at once.
+        """
+        return tuple(self._end_mark(tokenizer)) if self.is_harmony or self.starts_inside(prompt) else ()
+
+    def bound(self, budget: int, prompt: str, tokenizer: Any) -> ThinkingBudget | None:
+        """A bound on the reasoning about a prompt; None where no mark ends reasoning and nothing else."""
+        if self.is_harmony:
+            return None
+        start = () if self.starts_inside(prompt) else _ids_of_one(self.starts, tokenizer)
+        return ThinkingBudget(self._end_mark(tokenizer), budget, start)
+
+    def _end_mark(self, tokenizer: Any) -> list[int]:
         if self.is_harmony:
             mark = f"{harmony.CHANNEL}final{harmony.MESSAGE}"
             return list(tokenizer.encode(mark, add_special_tokens=False))
         return _ids_of_one(self.ends, tokenizer)
-
-    def start_mark(self, tokenizer: Any) -> list[int]:
-        """Token ids behind which the reasoning begins."""
-        return _ids_of_one(self.starts, tokenizer)
 
     def parse(self, reader: Reader, *, inside: bool, with_tools: bool = False) -> Steps[None]:
         """Tell reasoning and, behind it, content. Line breaks next to the marks belong to these.
