@@ -23,6 +23,7 @@ import numpy as np
 from jaxllm.errors import InvalidRequestError
 from jaxllm.structured_outputs import StructuredOutputsConfig, StructuredOutputsParams
 from jaxllm.text.constraints import grammar_of, locate
+from jaxllm.text.regex_states import State, choice_states, regex_states
 from jaxllm.text.thinking import ThinkingBudget
 
 _MAX_THREADS = 32
@@ -56,26 +57,42 @@ class GrammarMatcher:
 
     Args:
         matcher: at the beginning; None where only the reasoning before an answer is bounded.
-        num_words: of a mask over the vocabulary of its tokenizer, 32 tokens each.
+        tokens: of its tokenizer; None where there is no matcher.
+        place: in an expression that is followed, with the masks that others had there; else None.
         starts_after: token ids, such as those that end a model's reasoning: until they have stood in
             the output, in a row, anything may.
         thinking: of the reasoning before that; None is as long as it likes.
     """
 
-    __slots__ = ("_awaited", "_matcher", "_recent", "_thinking", "num_words")
+    __slots__ = ("_awaited", "_last", "_matcher", "_place", "_recent", "_thinking", "_tokens")
 
     def __init__(
         self,
         matcher: llguidance.LLMatcher | None,
-        num_words: int,
+        tokens: llguidance.LLTokenizer | None,
+        place: State | None = None,
         starts_after: Sequence[int] = (),
         thinking: ThinkingBudget | None = None,
     ) -> None:
         self._matcher = matcher
+        self._tokens = tokens
+        self._place = place
+        self._last: int | None = None
         self._thinking = thinking
-        self.num_words = num_words
         self._awaited = list(starts_after)
         self._recent: list[int] = []
+
+    @property
+    def num_words(self) -> int:
+        """Of a mask over the vocabulary of its tokenizer, 32 tokens each."""
+        assert self._tokens is not None
+        return -(-self._tokens.vocab_size // 32)
+
+    @property
+    def place(self) -> tuple[State, int | None] | None:
+        """Two matchers of one grammar at the same place, if they have one, allow the same tokens."""
+        place = self._place
+        return None if place is None else (place, self._last if place.is_forced else None)
 
     @property
     def is_active(self) -> bool:
@@ -116,8 +133,13 @@ class GrammarMatcher:
             if self._recent == self._awaited:
                 self._awaited = []
             return None
-        if self._matcher is None or self._matcher.consume_token(token_id):
+        if self._matcher is None:
             return None
+        if self._matcher.consume_token(token_id):
+            if self._place is not None:
+                self._place, self._last = self._place.after(token_id, self._text_of), token_id
+            return None
+        self._place = None
         return f"the output cannot go on under structured_outputs: {_clean(self._matcher.get_error())}"
 
     def fork(
@@ -125,9 +147,15 @@ class GrammarMatcher:
     ) -> GrammarMatcher:
         """An independent matcher at the same place in the grammar."""
         matcher = None if self._matcher is None else self._matcher.deep_copy()
-        return GrammarMatcher(
-            matcher, self.num_words, starts_after, None if thinking is None else thinking.copy()
-        )
+        bound = None if thinking is None else thinking.copy()
+        return GrammarMatcher(matcher, self._tokens, self._place, starts_after, bound)
+
+    def _text_of(self, token_id: int) -> bytes | None:
+        """What a token writes; None for one that writes no text."""
+        assert self._tokens is not None
+        if self._tokens.is_special_token(token_id):
+            return None
+        return bytes(self._tokens.decode_bytes([token_id]))
 
 
 @functools.cache
@@ -166,16 +194,34 @@ def fill_masks(matchers: Sequence[tuple[GrammarMatcher, int]], masks: np.ndarray
         rows = [row for _, row in active]
         masks[rows] = wide[rows, : masks.shape[1]]
         return
-    if len(active) == 1:
-        matcher, row = active[0]
-        matcher.compiled.unsafe_compute_mask_ptr(masks[row].ctypes.data, num_words * masks.itemsize)
-    else:
-        _executor().unsafe_compute_mask_ptr(
-            [(matcher.compiled, row) for matcher, row in active],
-            masks.ctypes.data,
-            num_words * masks.itemsize,
-            masks.shape[0],
-        )
+    alone: list[tuple[GrammarMatcher, int]] = []
+    first_at: dict[tuple[State, int | None], tuple[GrammarMatcher, int]] = {}
+    others: list[tuple[int, int]] = []
+    for matcher, row in active:
+        place = matcher.place
+        if place is None:
+            alone.append((matcher, row))
+        elif place in first_at:
+            others.append((row, first_at[place][1]))
+        elif not place[0].recall(place[1], masks[row]):
+            first_at[place] = (matcher, row)
+    _compute([*alone, *first_at.values()], masks)
+    for row, source in others:
+        masks[row] = masks[source]
+    for (state, last_token), (matcher, row) in first_at.items():
+        if not matcher.compiled.is_error():
+            state.keep(last_token, masks[row])
+
+
+def _compute(matchers: Sequence[tuple[GrammarMatcher, int]], masks: np.ndarray) -> None:
+    """Has llguidance fill rows of as many words as its vocabulary has."""
+    row_bytes = masks.shape[1] * masks.itemsize
+    if len(matchers) == 1:
+        [(matcher, row)] = matchers
+        matcher.compiled.unsafe_compute_mask_ptr(masks[row].ctypes.data, row_bytes)
+    elif matchers:
+        pairs = [(matcher.compiled, row) for matcher, row in matchers]
+        _executor().unsafe_compute_mask_ptr(pairs, masks.ctypes.data, row_bytes, masks.shape[0])
 
 
 class GrammarCompiler:
@@ -249,7 +295,7 @@ class GrammarCompiler:
         """
         if form is not None:
             return self.compile(form)
-        return None if thinking is None else GrammarMatcher(None, 0)
+        return None if thinking is None else GrammarMatcher(None, None)
 
     async def wait(self, params: StructuredOutputsParams) -> None:
         """Returns once `compile` has its answer at hand; the event loop goes on meanwhile.
@@ -300,7 +346,10 @@ class GrammarCompiler:
         limits = _LIMITS.get(params.kind, _LIMITS_ELSE)
         matcher = llguidance.LLMatcher(self._tokens, grammar, log_level=0, limits=limits)
         if not matcher.is_error():
-            return GrammarMatcher(matcher, -(-self._tokens.vocab_size // 32))
+            # Forks have the first mask of their root, which is most often a large one.
+            matcher.compute_bitmask()
+        if not matcher.is_error():
+            return GrammarMatcher(matcher, self._tokens, _place_of(params))
         message = matcher.get_error()
         if params.kind == "json" and (pointer := locate(json.loads(params.text()), message, limits)):
             message = f"at {pointer}: {message}"
@@ -315,6 +364,17 @@ _WORDS = {
     "grammar": "The grammar",
     "structural_tag": "The structural tag",
 }
+
+
+def _place_of(params: StructuredOutputsParams) -> State | None:
+    """Where the empty text stands, if the constraint is of a kind that can be followed."""
+    match params.kind:
+        case "regex":
+            return regex_states(params.text())
+        case "choice":
+            return choice_states(json.loads(params.text()))
+        case _:
+            return None
 
 
 def took_too_long(params: StructuredOutputsParams) -> InvalidRequestError:

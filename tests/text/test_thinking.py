@@ -66,8 +66,8 @@ def test_a_mark_that_the_model_has_begun_is_ended_not_repeated() -> None:
 
 @pytest.mark.parametrize("token", [0, 31, 32, 63, 70])
 def test_a_forced_token_is_the_only_one_of_its_row(token: int) -> None:
-    free = GrammarMatcher(None, 0)
-    forced = GrammarMatcher(None, 0).fork(thinking=ThinkingBudget([token], 0))
+    free = GrammarMatcher(None, None)
+    forced = GrammarMatcher(None, None).fork(thinking=ThinkingBudget([token], 0))
     masks = np.full((3, 3), -1, np.int32)
     fill_masks([(free, 0), (forced, 2)], masks)
     bits = np.unpackbits(masks.view(np.uint8), axis=1, bitorder="little")
