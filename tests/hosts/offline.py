@@ -1,6 +1,6 @@
 """Run on host 0 by the tests: an `LLM` that completes prompts, says what came out, and may go on for ever.
 
-The one argument is JSON: model, settings, prompts (token ids), params of each, forever.
+The one argument is JSON: model, settings, prompts (token ids), params of each, regexes of some, forever.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxllm import LLM, SamplingParams
+from jaxllm import LLM, SamplingParams, StructuredOutputsParams
 from jaxllm.models.safetensors_source import SafetensorsCheckpoint
 
 
@@ -55,6 +55,20 @@ def main() -> None:
         "sent": getattr(executor, "num_bytes", 0),
         "commands": getattr(executor, "_next", 0),
     }
+    if regexes := asked.get("regexes"):
+        params = [
+            SamplingParams(
+                temperature=0,
+                max_tokens=params[0].max_tokens,
+                ignore_eos=True,
+                structured_outputs=None if regex is None else StructuredOutputsParams(regex=regex),
+            )
+            for regex in regexes
+        ]
+        outputs = llm.generate(prompts[: len(regexes)], params, use_tqdm=False)
+        said["formed"] = [
+            {name: getattr(o.outputs[0], name) for name in ("token_ids", "finish_reason")} for o in outputs
+        ]
     print("SAID", json.dumps(said), flush=True)
     while asked.get("forever"):
         llm.generate(prompts, params, use_tqdm=False)

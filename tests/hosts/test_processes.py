@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -14,6 +15,7 @@ import httpx
 import numpy as np
 import pytest
 
+from benchmarks.vocabulary import large_tokenizer
 from jaxllm.models.families import translate_config
 from tests.hosts.processes import ENGINE, ROOT, Processes, flags, two_free_ports
 from tests.parallel.models import Oracle, hf_config, write_model
@@ -62,7 +64,7 @@ def offline(directory: Path, num_hosts: int, devices: int, port: int, **asked: A
 
 
 def test_two_hosts_say_what_one_device_would(model: tuple[Path, Oracle], tmp_path: Path) -> None:
-    """Two devices on each: chunked prefill, prefix cache, pages kept on the hosts, n > 1, biases, sleep."""
+    """Two devices each: chunked prefill, prefix cache, pages kept on the hosts, n > 1, biases, forms, sleep."""
     directory, oracle = model
     common = {"temperature": 0, "max_tokens": OUTPUT}
     params = [
@@ -74,8 +76,14 @@ def test_two_hosts_say_what_one_device_would(model: tuple[Path, Oracle], tmp_pat
     port = two_free_ports()
     # Too few pages for two long sequences.
     settings = {"max_model_len": 32, "max_num_seqs": 2, "num_gpu_blocks_override": 10, "swap_space": 0.001}
+    tokenizer = large_tokenizer(601, [Path(__file__)])
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    settings |= {"skip_tokenizer_init": False, "tokenizer": str(tmp_path / "tokenizer")}
+    regexes = ["x(ab|cd|ef){20}", None, "a (b )?c"]
     with Processes(tmp_path) as processes:
-        command = offline(directory, 2, 2, port, params=params, settings=settings, sleeps=True)
+        command = offline(
+            directory, 2, 2, port, params=params, settings=settings, sleeps=True, regexes=regexes
+        )
         processes.start(command, devices=2)
         processes.start(other_host(1, 2, port), devices=2)
         said = json.loads(processes.wait_for_line(0, "SAID ", START))
@@ -93,6 +101,12 @@ def test_two_hosts_say_what_one_device_would(model: tuple[Path, Oracle], tmp_pat
         assert read < 0.8 * sum(file.stat().st_size for file in directory.glob("*.safetensors"))
         # A step of 16 tokens and 2 sequences is 0.5 KB; what is more are penalties' and biases' rows.
         assert said["sent"] / said["commands"] < 700
+        long, free, short = said["formed"]
+        assert re.fullmatch("x(ab|cd|ef)*[ace]?", tokenizer.decode(long["token_ids"]))
+        assert len(long["token_ids"]) == OUTPUT
+        assert free["token_ids"] == oracle.greedy(prompts()[1], OUTPUT)  # As without those beside it.
+        assert tokenizer.decode(short["token_ids"]) in ("a c", "a b c")
+        assert short["finish_reason"] == "stop"
         assert processes.wait(0, IN_TIME) == 0
         assert processes.wait(1, IN_TIME) == 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import resource
@@ -14,7 +15,7 @@ import pytest
 
 from jaxllm.async_engine import AsyncEngine
 from jaxllm.serve.config import ServerConfig
-from jaxllm.serve.launcher import quiet_paths, raise_file_limit
+from jaxllm.serve.launcher import keep_for_good, quiet_paths, raise_file_limit
 from jaxllm.serve.logs import REQUEST_ID, JSONFormatter, QuietPaths
 from tests.serve.conftest import serving
 from tests.serve.fake_engine import wait_until
@@ -226,3 +227,15 @@ def test_a_server_that_logs_json() -> None:
     assert [line["path"] for line in access] == [COMPLETIONS]
     mine = [line for line in lines if line.get("request_id") == "my-own"]
     assert {line["logger"] for line in mine} == {"uvicorn.access", "jaxllm.serve.state"}
+
+
+def test_what_stays_is_not_looked_through_again_and_again() -> None:
+    thresholds, before = gc.get_threshold(), gc.get_freeze_count()
+    try:
+        keep_for_good()
+        assert gc.get_freeze_count() > before + 10_000  # What this process is made of.
+        assert gc.get_threshold()[0] > thresholds[0]
+        assert gc.isenabled()
+    finally:
+        gc.unfreeze()
+        gc.set_threshold(*thresholds)
