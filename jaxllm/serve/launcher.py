@@ -111,8 +111,8 @@ def launch(arguments: ServeArguments, load: Callable[[EngineConfig], AsyncEngine
 def keep_for_good() -> None:
     """Take what the process holds by now out of the garbage collector's rounds.
 
-    Modules, the model and the application stay until the end. A full round through them stops every stream for
-    a tenth of a second or more, and finds nothing.
+    Modules, the model and the application stay until the end. A full round through them finds nothing, and
+    stops every stream for a tenth of a second or more.
     """
     gc.collect()
     gc.freeze()

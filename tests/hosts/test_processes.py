@@ -64,7 +64,7 @@ def offline(directory: Path, num_hosts: int, devices: int, port: int, **asked: A
 
 
 def test_two_hosts_say_what_one_device_would(model: tuple[Path, Oracle], tmp_path: Path) -> None:
-    """Two devices each: chunked prefill, prefix cache, pages kept on the hosts, n > 1, biases, forms, sleep."""
+    """Two devices each: chunked prefill, prefix cache, pages kept on hosts, n > 1, biases, forms, sleep."""
     directory, oracle = model
     common = {"temperature": 0, "max_tokens": OUTPUT}
     params = [

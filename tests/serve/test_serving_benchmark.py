@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import serving
+from benchmarks import foreign_client, serving
+from benchmarks.foreign_client import Load, Run, ratios_of
 from benchmarks.serving import Answer, load_of, send_all
 from benchmarks.workloads import scaled_trace
 from tests.serve.test_server import live_server
@@ -77,3 +80,31 @@ def test_a_running_server_is_measured(tmp_path: Path, capsys: pytest.CaptureFixt
     ]
     assert picture.stat().st_size > 1000
     assert "goodput" in capsys.readouterr().out
+
+
+def test_loads_of_the_foreign_client() -> None:
+    assert Load.parse("1.5") == Load(1.5) and str(Load(1.5)) == "1.5/s"
+    assert Load.parse("2:0.25") == Load(2.0, 0.25) and "0.25" in str(Load(2.0, 0.25))
+    assert Load.parse("inf") == Load(math.inf) and str(Load(math.inf)) == "all at once"
+    for wrong in ("fast", "0", "-1", "1:", "1:0", "1:inf", "inf:2", "nan", "1:nan", "1:2:3"):
+        with pytest.raises(argparse.ArgumentTypeError):
+            Load.parse(wrong)
+
+
+def test_ratios_are_of_each_turn_by_itself(tmp_path: Path) -> None:
+    """Medians over the turns: one in which the machine was busy with something else does not count."""
+
+    def run(server: str, load: str, throughput: float, time: float) -> Run:
+        return Run(server, load, 10, 0, throughput, time, 2 * time, 3 * time, 4 * time)
+
+    turns = [((20, 5.0), (10, 10.0)), ((30, 2.0), (20, 8.0)), ((1, 90.0), (10, 9.0))]
+    runs = [run(name, "a", *one) for turn in turns for name, one in zip(("us", "they"), turn, strict=True)]
+    runs += [run("us", "b", 9.0, 4.0), run("they", "b", 6.0, 2.0)]
+    first, second = ratios_of(runs)
+    assert (first.load, first.throughput, first.spread) == ("a", 1.5, (0.1, 2.0))
+    assert first.ttft_p50 == first.ttft_p99 == first.tpot_p50 == first.tpot_p99 == 2.0
+    assert (second.load, second.throughput, second.ttft_p99) == ("b", 1.5, 0.5)
+    foreign_client.print_runs(runs)
+    foreign_client.print_ratios([first, second])
+    with pytest.raises(ValueError, match="no turn"):
+        ratios_of(runs[1:-1])
