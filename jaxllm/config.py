@@ -248,7 +248,9 @@ def engine_config_from(model: str | os.PathLike[str], arguments: Mapping[str, An
             logger.info("%s=%r changes nothing here: %s.", name, value, NOTHING_TO_MATCH[name])
         elif name in NOT_SERVED:
             if value and value not in NOT_SERVED[name]:
-                raise UnsupportedError(f"{name}={value!r} is not supported yet; leave {name} out.")
+                raise UnsupportedError(
+                    f"{name}={value!r} is not supported yet; leave {name} out.", param=name
+                )
         else:
             close = difflib.get_close_matches(name, [*known, *NOTHING_TO_MATCH, *NOT_SERVED], n=1)
             hint = f"Did you mean {close[0]!r}?" if close else f"Known are {', '.join(sorted(known))}."

@@ -38,7 +38,15 @@ class ConfigError(JaxLLMError, ValueError):
 
 
 class UnsupportedError(JaxLLMError, NotImplementedError):
-    """Something that exists elsewhere, is understood, and is not served here (yet)."""
+    """Something that exists elsewhere, is understood, and is not served here (yet).
+
+    Attributes:
+        param: name of the field or argument that asks for it, or None.
+    """
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class UnsupportedModelError(UnsupportedError, ValueError):

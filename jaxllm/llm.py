@@ -492,7 +492,7 @@ def _refuse_options(
     }
     for name, value in options.items():
         if value:
-            raise UnsupportedError(f"{name} is not supported yet; leave it out.")
+            raise UnsupportedError(f"{name} is not supported yet; leave it out.", param=name)
 
 
 def _read_chat_template(chat_template: str | Path | None) -> str | None:

@@ -213,7 +213,13 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def on_invalid_body(request: Request, error: RequestValidationError) -> Response:
-        message, param = describe_validation(error.errors(), _fields_of(request))
+        fields = _fields_of(request)
+        media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if fields and media_type.rpartition("/")[2].rpartition("+")[2] != "json":
+            sent = f"is '{media_type}'" if media_type else "is missing"
+            message = f"Header Content-Type {sent}; send the body as JSON, with 'application/json'."
+            return in_words_of(request, error_response(415, message))
+        message, param = describe_validation(error.errors(), fields)
         return in_words_of(request, error_response(400, message, param))
 
     @app.exception_handler(Refusal)

@@ -13,18 +13,6 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
 
 
-class UnsupportedField(UnsupportedError):
-    """A field that is known and not served.
-
-    Attributes:
-        param: its name.
-    """
-
-    def __init__(self, message: str, param: str) -> None:
-        super().__init__(message)
-        self.param = param
-
-
 class Refusal(Exception):
     """Carries an error of ours through pydantic, which would wrap a ValueError in words of its own.
 
@@ -32,7 +20,7 @@ class Refusal(Exception):
         error: what the client is to be told.
     """
 
-    def __init__(self, error: InvalidRequestError | UnsupportedField) -> None:
+    def __init__(self, error: InvalidRequestError | UnsupportedError) -> None:
         super().__init__(str(error))
         self.error = error
 

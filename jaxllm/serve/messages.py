@@ -24,7 +24,6 @@ from jaxllm.serve.turn import Turn, TurnReader, chat_request, in_terms_of, rende
 from jaxllm.text.parsers.message import MessageDelta
 
 _ERROR_TYPES = {
-    400: "invalid_request_error",
     401: "authentication_error",
     404: "not_found_error",
     413: "request_too_large",
@@ -34,7 +33,8 @@ _ERROR_TYPES = {
 
 def anthropic_error(status: int, message: str) -> dict[str, Any]:
     """An error as Anthropic writes it."""
-    return {"type": "error", "error": {"type": _ERROR_TYPES.get(status, "api_error"), "message": message}}
+    kind = _ERROR_TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
+    return {"type": "error", "error": {"type": kind, "message": message}}
 
 
 def in_anthropic_words(response: Response) -> Response:

@@ -7,10 +7,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from jaxllm.errors import InvalidRequestError
+from jaxllm.errors import InvalidRequestError, UnsupportedError
 from jaxllm.request import SchedulingTerms
 from jaxllm.sampling_params import RepetitionDetectionParams, RequestOutputKind, SamplingParams
-from jaxllm.serve.body import Body, Refusal, UnsupportedField, refusal
+from jaxllm.serve.body import Body, Refusal, refusal
 from jaxllm.serve.structured_outputs import GUIDED, ResponseFormat, constraint_of
 from jaxllm.serve.tools import Tool, ToolChoice, check_tools, forced_form
 from jaxllm.structured_outputs import StructuredOutputsParams
@@ -147,7 +147,7 @@ class GenerationRequest(Body):
             neutral, why = _UNSUPPORTED[name]
             value = kept.pop(name)
             if value is not None and not any(value == v and type(value) is type(v) for v in neutral):
-                raise Refusal(UnsupportedField(f"Field '{name}' is not supported: {why}.", name))
+                raise Refusal(UnsupportedError(f"Field '{name}' is not supported: {why}.", param=name))
         return kept
 
     @model_validator(mode="after")

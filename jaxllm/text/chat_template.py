@@ -260,7 +260,8 @@ def _texts(content: Any, where: str) -> Iterator[str]:
             )
         if kind not in _TEXT_FIELDS:
             raise UnsupportedError(
-                f"{where}[{i}] has type {kind!r}; only text is served: {', '.join(_TEXT_FIELDS)}."
+                f"{where}[{i}] has type {kind!r}; only text is served: {', '.join(_TEXT_FIELDS)}.",
+                param=f"{where}[{i}]",
             )
         text = part.get(_TEXT_FIELDS[kind])
         if not isinstance(text, str):

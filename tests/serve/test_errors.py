@@ -158,7 +158,7 @@ def test_bad_chats(shared: Api, body: dict[str, Any], param: str) -> None:
 def test_images_are_refused(shared: Api) -> None:
     content = [{"type": "image_url", "image_url": {"url": "data:"}}]
     error = shared.refused(CHAT, {"messages": [{"role": "user", "content": content}]})
-    assert "image_url" in error["message"]
+    assert "image_url" in error["message"] and error["param"] == "messages[0].content[0]"
 
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
@@ -216,6 +216,19 @@ def test_bodies_that_are_no_objects(shared: Api, content: bytes) -> None:
     )
     assert response.status_code == 400
     assert response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("media_type", ["text/plain", "application/x-www-form-urlencoded", None])
+def test_bodies_that_say_to_be_something_else(shared: Api, media_type: str | None) -> None:
+    """Which is what curl does, unless it is told."""
+    headers = {} if media_type is None else {"content-type": f"{media_type}; charset=utf-8"}
+    for path in (COMPLETIONS, "/v1/messages", "/tokenize"):
+        response = shared.request("POST", path, content=b'{"prompt": "a"}', headers=headers)
+        assert response.status_code == 415
+        message = response.json()["error"]["message"]
+        assert "application/json" in message and (media_type or "missing") in message
+    vendors = {"content-type": "application/vnd.example+json"}
+    assert shared.request("POST", COMPLETIONS, content=b'{"prompt": "a"}', headers=vendors).status_code == 200
 
 
 def test_not_a_number_is_no_number(shared: Api) -> None:

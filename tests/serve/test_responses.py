@@ -217,7 +217,7 @@ def test_logprobs_come_with_the_text(api: Api) -> None:
     [
         ({"input": []}, "input"),
         ({"input": [{"type": "image_generation_call"}]}, "input"),
-        ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, None),
+        ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input"),
         ({"input": [{"type": "function_call", "name": "f", "arguments": "{}"}]}, "input"),
         ({"max_output_tokens": 100000}, "max_output_tokens"),
         ({"temperature": 7.0}, "temperature"),
