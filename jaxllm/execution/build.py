@@ -28,6 +28,7 @@ from jaxllm.models.hub import read_config, resolve_model
 from jaxllm.models.loader import load_parameters
 from jaxllm.models.pipelined_decoder import make_decoder
 from jaxllm.models.pooler_fields import resolve_pooling
+from pallas_kernels.matmul import cpu as cpu_matmul
 from pallas_kernels.ragged_paged_attention import Backend
 from sharding import ShardingError, check_every_host_takes_part, make_mesh
 
@@ -72,6 +73,10 @@ def build_runner(
         mesh=mesh if mesh.size > 1 else None,
         expert_parallel=config.enable_expert_parallel,
     )
+    if platform.name == "cpu":
+        missing = cpu_matmul.missing(form.dtype)
+        chosen = "cpu (compiled by numba)" if missing is None else f"xla (the portable ones; cpu {missing})"
+        logger.info("products with weights: %s", chosen)
     decoder = make_decoder(model, form)
     specs = decoder.parameter_specs()
     shard = shard_of(

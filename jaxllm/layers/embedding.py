@@ -8,10 +8,8 @@ from flax import nnx
 from jax import lax
 
 from jaxllm.layers.linear import declare
+from pallas_kernels.matmul import matmul
 from sharding import MeshAxes
-
-# From this many rows on, XLA on CPU is faster with the transpose folded into the product.
-_FOLD_TRANSPOSE_FROM = 32
 
 
 class Embedding(nnx.Module):
@@ -56,7 +54,6 @@ class Embedding(nnx.Module):
 
     def _products(self, x: jax.Array, feature_major: bool) -> jax.Array:
         weight = self.weight[...]
-        if not feature_major:
-            return jnp.einsum("sd,vd->sv", x, weight, preferred_element_type=jnp.float32)
-        logits = lax.dot_general(weight, x, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-        return (logits if x.shape[1] >= _FOLD_TRANSPOSE_FROM else lax.optimization_barrier(logits)).T
+        if feature_major:
+            return matmul([weight], 0, x, tokens_first=True)
+        return jnp.einsum("sd,vd->sv", x, weight, preferred_element_type=jnp.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from pallas_kernels.matmul import matmul
 from sharding import MeshAxes
 
 
@@ -87,7 +89,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x: [in..., T] or [T, in...]; returns [out..., T] or [T, out...] alike."""
-        y = apply_weight(self._product, self.weight.get_value(), x)
+        y = self.product(x)
         if self.sum_over is not None:
             y = lax.psum(y, self.sum_over)
         if self.bias is not None:
@@ -95,8 +97,16 @@ class Linear(nnx.Module):
             y = y + (bias[..., None] if self.feature_major else bias)
         return y
 
-    def _product(self, weight: jax.Array, x: jax.Array) -> jax.Array:
+    def product(self, x: jax.Array) -> jax.Array:
+        """Of the weight alone, or a shard's part of it."""
+        weight = self.weight.get_value()
+        if not self.feature_major:
+            return apply_weight(self._rows, weight, x)
+        weights, index = (weight.arrays, weight.index) if isinstance(weight, OneOfLayers) else ([weight], 0)
+        depth = math.prod(x.shape[: self.num_inputs])
+        y = matmul([one.reshape(-1, depth) for one in weights], index, x.reshape(depth, -1))
+        return y.reshape(*weights[0].shape[: -self.num_inputs], -1)
+
+    def _rows(self, weight: jax.Array, x: jax.Array) -> jax.Array:
         in_dims = tuple(range(weight.ndim - self.num_inputs, weight.ndim))
-        if self.feature_major:
-            return lax.dot_general(weight, x, ((in_dims, tuple(range(self.num_inputs))), ((), ())))
         return lax.dot_general(x, weight, ((tuple(range(1, self.num_inputs + 1)), in_dims), ((), ())))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxllm.layers.linear import Linear, apply_weight, declare
+from jaxllm.layers.linear import Linear, declare
 from jaxllm.models.config import MoEConfig
 
 # A token that no expert scores is no reason to divide by zero.
@@ -35,7 +35,7 @@ class Router(Linear):
 
     def choose(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """x [T, D] or [D, T] to weights float32[T, k] and numbers int32[T, k] of a token's experts."""
-        moe, logits = self.moe, apply_weight(self._product, self.weight.get_value(), x)
+        moe, logits = self.moe, self.product(x)
         logits = (logits.T if self.feature_major else logits).astype(jnp.float32)
         score = jax.nn.sigmoid if moe.scoring == "sigmoid" else jax.nn.softmax
         scores = score(logits)

@@ -6,12 +6,6 @@ kernel reads every key and value where it lies, once.
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import importlib
-import importlib.util
-import threading
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from pallas_kernels import xla_ffi
+from pallas_kernels.native import loading
 from pallas_kernels.ragged_paged_attention import xla
 from pallas_kernels.ragged_paged_attention.options import AttentionOptions
 from pallas_kernels.ragged_paged_attention.xla_flash import PagedBlocks, Tiling
@@ -27,19 +21,13 @@ from pallas_kernels.ragged_paged_attention.xla_flash import PagedBlocks, Tiling
 __all__ = ["Tiling", "attend", "missing"]
 
 _TARGET = "pallas_kernels_decode_attention"
-_loading = threading.Lock()
 
 
 def missing(cache_dtype: DTypeLike) -> str | None:
     """What keeps the backend from running here, as the end of a sentence; None is nothing."""
     if jnp.dtype(cache_dtype) != jnp.float32:
         return f"reads pages of float32, and these are {jnp.dtype(cache_dtype).name}"
-    if importlib.util.find_spec("numba") is None:
-        return "needs numba: pip install numba"
-    if (reason := xla_ffi.missing()) is not None:
-        return reason
-    with _loading:
-        return _load()
+    return loading.missing(_TARGET, f"{__package__}.cpu_handler")
 
 
 def attend(
@@ -63,37 +51,6 @@ def attend(
         raise ValueError(f"backend='cpu' {reason}; or take 'xla'.")
     operands = (q, k, v, kv_pages, layer, page_table, seq_lens, query_starts, options, tiling)
     return xla.attend(*operands, attend_decodes=_attend_decodes)
-
-
-@functools.cache
-def _load() -> str | None:
-    """Compiles the kernel, or reads what was compiled before, and makes it known to XLA; why it cannot be."""
-    import numba
-
-    before = numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = str(_cache_directory())
-    try:
-        handler = importlib.import_module("pallas_kernels.ragged_paged_attention.cpu_handler")
-        xla_ffi.register(_TARGET, handler.attend_decodes.address)
-    except (numba.core.errors.NumbaError, RuntimeError, OSError) as error:
-        return f"could not be compiled or registered: {str(error).splitlines()[0]}"
-    finally:
-        numba.config.CACHE_DIR = before
-    return None
-
-
-def _cache_directory() -> Path:
-    """Where machine code is kept: beside XLA's own, or where that is kept nowhere, beside Python's.
-
-    Numba looks at the file of the handler alone to see whether what it kept is of now; so there is a folder
-    for each content of all of them.
-    """
-    here = Path(__file__).parent
-    sources = (here.parent / "native.py", Path(xla_ffi.__file__), *sorted(here.glob("cpu_*.py")))
-    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
-    place = jax.config.jax_compilation_cache_dir or ""  # type: ignore[attr-defined]
-    parent = Path(place) if place and "://" not in place else here / "__pycache__"
-    return parent / "numba" / digest[:16]
 
 
 def _attend_decodes(

@@ -2,13 +2,9 @@
 
 Split over keys as Flash-Decoding does (Dao et al. 2023), with the online softmax of FlashAttention-2: each
 sequence is cut into chunks of keys, of a length that depends on the layer's shape alone, so that a result
-never depends on the other sequences nor on how many threads there are. Threads of XLA's own pool claim chunks
-one after the other, each chunk has partial results of its own, and whoever ends the last chunk of a sequence
-merges them in their order. Two threads never write the same number: only the counters are shared, and those
-are atomic.
-
-The calling thread works too, and waits only for chunks that others have begun: it ends though no other thread
-is free.
+never depends on the other sequences nor on how many threads there are. Threads claim chunks (`native.tasks`),
+each chunk has partial results of its own, and whoever ends the last chunk of a sequence merges them in their
+order. Two threads never write the same number: only counters are shared, and those are atomic.
 """
 
 from __future__ import annotations
@@ -18,7 +14,15 @@ import math
 import numpy as np
 from numba import njit
 
-from pallas_kernels.native import fetch_add, float_of_bits, floats_at, free, ints_at, record_at, words_at
+from pallas_kernels.native.pointers import (
+    fetch_add,
+    float_of_bits,
+    floats_at,
+    ints_at,
+    record_at,
+    words_at,
+)
+from pallas_kernels.native.tasks import COUNTERS, claim, finish, leave
 
 # Sums may be reordered and multiplications fused with them. What is NaN stays NaN.
 _FAST = {"reassoc", "contract", "nsz", "arcp"}
@@ -37,14 +41,10 @@ _E7, _E6, _E5, _E4, _E3, _E2, _E1 = (
 )
 
 # One call: what is asked for, and how far it is. Addresses point to what XLA holds, or follow in the same
-# allocation. The counters are on cache lines of their own.
+# allocation.
 CALL = np.dtype(
     [
-        ("claimed", "i8"),  # chunks that some thread has begun
-        ("_apart", "i8", (7,)),
-        ("done", "i8"),  # chunks whose results are written
-        ("holders", "i8"),  # threads that may still look at this; the last one frees it
-        ("chunks", "i8"),
+        ("counters", COUNTERS),
         *((name, "i8") for name in ("q", "pages", "table", "first", "end", "lens", "sinks", "slopes")),
         *((name, "i8") for name in ("out", "lse", "chunk_ends", "unmerged", "scratch", "partials")),
         *((name, "i8") for name in ("sequences", "columns", "first_page", "page_size")),
@@ -53,7 +53,6 @@ CALL = np.dtype(
     ],
     align=True,
 )
-DONE, HOLDERS = (CALL.fields[name][1] for name in ("done", "holders"))  # type: ignore[index]
 call_at = record_at(CALL)
 
 
@@ -225,8 +224,8 @@ def work(address):  # type: ignore[no-untyped-def]
     partial_bytes = this.kv_heads * this.group * (this.head_dim + 2) * 4
     sequence, first_chunk = 0, 0
     while True:
-        chunk = fetch_add(address, 1)
-        if chunk >= this.chunks:
+        chunk = claim(address)
+        if chunk >= this.counters.tasks:
             break
         while chunk_ends[sequence] <= chunk:
             first_chunk = chunk_ends[sequence]
@@ -237,6 +236,5 @@ def work(address):  # type: ignore[no-untyped-def]
         _attend_chunk(this, sequence, start, stop, partial, scratch)
         if fetch_add(unmerged + sequence * 8, -1) == 1:
             merge(this, sequence, first_chunk, chunk_ends[sequence])
-        fetch_add(address + DONE, 1)
-    if fetch_add(address + HOLDERS, -1) == 1:
-        free(address)
+        finish(address)
+    leave(address)

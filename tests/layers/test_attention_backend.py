@@ -16,8 +16,8 @@ from jaxllm.errors import ConfigError
 from jaxllm.layers.attention import choose_backend
 from jaxllm.layers.latent_attention import choose_latent_backend
 from jaxllm.models.config import MLAConfig
-from pallas_kernels import xla_ffi
-from pallas_kernels.ragged_paged_attention import BACKENDS, cpu
+from pallas_kernels.native import loading, xla_ffi
+from pallas_kernels.ragged_paged_attention import BACKENDS
 
 
 @pytest.fixture(params=[True, False])
@@ -71,7 +71,7 @@ def test_triton_may_be_asked_for_where_it_runs(has_jax_triton: bool) -> None:
     [
         ((importlib.util, "find_spec", lambda name: None), r"needs numba: pip install numba"),
         ((xla_ffi, "missing", lambda: "knows other versions"), r"knows other versions"),
-        ((cpu, "_load", lambda: "could not be compiled"), r"could not be compiled"),
+        ((loading, "load", lambda target, module: "could not be compiled"), r"could not be compiled"),
     ],
     ids=["numba", "version", "compiler"],
 )
