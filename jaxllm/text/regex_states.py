@@ -15,8 +15,12 @@ from itertools import pairwise
 
 import numpy as np
 
-_MAX_POSITIONS = 2_000
+# Of an expression, and of it open at once.
+_MAX_POSITIONS = 8_000
+_MAX_OPEN = 256
 _MAX_STATES = 500
+# From state to state by a token, remembered for the next text.
+_MAX_STEPS = 10_000
 # Of the masks that are kept for an expression: half a megabyte.
 _MAX_WORDS = 128 * 1024
 
@@ -89,9 +93,13 @@ class State:
 
     def after(self, token_id: int, text_of: Callable[[int], bytes | None]) -> State | None:
         """The state behind a further token; None where that is not followed."""
-        if token_id not in self._next:
-            self._next[token_id] = self._automaton.after(self._positions, text_of(token_id))
-        return self._next[token_id]
+        if token_id in self._next:
+            return self._next[token_id]
+        state = self._automaton.after(self._positions, text_of(token_id))
+        if self._automaton.steps_left > 0:
+            self._automaton.steps_left -= 1
+            self._next[token_id] = state
+        return state
 
 
 def regex_states(pattern: str) -> State | None:
@@ -124,6 +132,7 @@ class _Automaton:
         self._free: list[list[int]] = []
         self._states: dict[frozenset[int], State] = {}
         self.words_left = _MAX_WORDS
+        self.steps_left = _MAX_STEPS
         self.final = -1
 
     def position(self) -> int:
@@ -199,7 +208,7 @@ class _Automaton:
         reached = self._with_free(positions)
         key = frozenset(p for p in reached if self._takes[p] is not None or p == self.final)
         state = self._states.get(key)
-        if state is None and len(self._states) < _MAX_STATES:
+        if state is None and len(self._states) < _MAX_STATES and len(key) <= _MAX_OPEN:
             state = self._states.setdefault(key, State(self, key))
         return state
 
