@@ -6,10 +6,10 @@ import uuid
 from typing import Annotated, Any, Literal
 
 import orjson
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 
 from jaxllm.errors import InvalidRequestError
-from jaxllm.serve.body import Body
+from jaxllm.serve.body import Body, refusal
 
 # From the fields of a chat to those of a message.
 RENAMED = {
@@ -17,6 +17,7 @@ RENAMED = {
     "stop": "stop_sequences",
     "parallel_tool_calls": "tool_choice",
     "chat_template_kwargs": "thinking",
+    "thinking_token_budget": "thinking",
 }
 
 
@@ -66,9 +67,17 @@ class MessageToolChoice(Body):
 
 
 class Thinking(Body):
-    """Whether the model shall think first; how long is not bounded."""
+    """Whether the model shall think first, and for how many tokens at most."""
 
-    type: Literal["adaptive", "disabled"]
+    type: Literal["enabled", "adaptive", "disabled"]
+    budget_tokens: Annotated[int, Field(ge=1)] | None = None
+
+    @model_validator(mode="after")
+    def _check_budget(self) -> Thinking:
+        if (self.budget_tokens is None) == (self.type == "enabled"):
+            rule = "needs 'budget_tokens'" if self.budget_tokens is None else "takes no 'budget_tokens'"
+            raise refusal(f"Field 'thinking' is '{self.type}', which {rule}.", "thinking")
+        return self
 
 
 class Format(Body):
@@ -112,6 +121,8 @@ class CountTokensRequest(Body):
             InvalidRequestError: blocks that do not fit their message.
         """
         fields: dict[str, Any] = {"messages": self._messages(), "chat_template_kwargs": self._kwargs()}
+        if self.thinking is not None:
+            fields["thinking_token_budget"] = self.thinking.budget_tokens
         if self.tools:
             fields["tools"] = [_tool(tool) for tool in self.tools]
         if self.tool_choice is not None:
@@ -131,7 +142,7 @@ class CountTokensRequest(Body):
         if self.thinking is None:
             return self.chat_template_kwargs
         # What templates of models that think call it.
-        return {"enable_thinking": self.thinking.type == "adaptive", **(self.chat_template_kwargs or {})}
+        return {"enable_thinking": self.thinking.type != "disabled", **(self.chat_template_kwargs or {})}
 
     def _messages(self) -> list[dict[str, Any]]:
         messages: list[dict[str, Any]] = []

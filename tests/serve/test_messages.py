@@ -10,6 +10,7 @@ import anthropic
 import pytest
 
 from jaxllm.serve.config import ServerConfig
+from jaxllm.text.grammar import GrammarMatcher
 from tests.serve.clients import with_anthropic
 from tests.serve.conftest import Api, serving
 from tests.serve.fake_engine import REPLY, demo_tokenizer
@@ -163,7 +164,9 @@ def test_errors_are_in_the_words_of_this_api(chatty: Api) -> None:
             {"max_tokens": 10**6},
             {"messages": []},
             {"temperature": 1.5},
-            {"thinking": {"type": "enabled", "budget_tokens": 1024}},
+            {"thinking": {"type": "enabled"}},
+            {"thinking": {"type": "adaptive", "budget_tokens": 1024}},
+            {"thinking": {"type": "enabled", "budget_tokens": 0}},
             {"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]},
             {"messages": [{"role": "user", "content": [{"type": "tool_use", "name": "x"}]}]},
             {"tools": FUNCTIONS, "tool_choice": {"type": "tool", "name": "nobody"}},
@@ -183,6 +186,21 @@ def test_errors_are_in_the_words_of_this_api(chatty: Api) -> None:
             await client.messages.create(model="fake", max_tokens=9, messages=HELLO)  # type: ignore[arg-type]
 
     with_anthropic(chatty, knock, api_key="wrong")
+
+
+def test_thinking_may_be_bounded(chatty: Api, api: Api) -> None:
+    create(chatty, thinking={"type": "enabled", "budget_tokens": 2})
+    grammar = chatty.fake.submitted[-1].grammar
+    assert isinstance(grammar, GrammarMatcher) and grammar.forced is None
+    for token in demo_tokenizer().encode("I think", add_special_tokens=False)[:2]:
+        assert grammar.accept(token) is None
+    assert grammar.forced == demo_tokenizer().encode("</think>", add_special_tokens=False)[0]
+    for unbounded in ("adaptive", "disabled"):
+        create(chatty, thinking={"type": unbounded})
+        assert chatty.fake.submitted[-1].grammar is None
+    # Where nobody tells reasoning from the answer.
+    with pytest.raises(anthropic.BadRequestError, match="'thinking' is 2: it needs a server with"):
+        create(api, thinking={"type": "enabled", "budget_tokens": 2})
 
 
 def test_the_form_of_the_text_is_the_form_of_the_output(api: Api) -> None:
