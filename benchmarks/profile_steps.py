@@ -68,7 +68,13 @@ def tiles_of(llm: LLM) -> Tiles | None:
 
     decoder = llm.llm_engine.runner._decoder
     backend = decoder.form.attention_backend
-    if backend not in ("xla", "cpu"):
+    if backend == "cpu":
+        from pallas_kernels.ragged_paged_attention import cpu_prefill
+
+        # Decodes read the keys that there are; a vector of queries goes as far as its last one, in rows.
+        tile = (cpu_prefill.WIDTH, cpu_prefill.ROWS)
+        return Tiles(1, 1, 1, tile, tile, 0)
+    if backend != "xla":
         return None
     shards = 1 if decoder.form.mesh is None else decoder.form.mesh.shape["tensor"]
     # Latents are keys and values at once: a row counts as half of either.
@@ -77,8 +83,6 @@ def tiles_of(llm: LLM) -> Tiles | None:
     page = llm.llm_engine.config.block_size
     (short, short_keys), (long, long_keys) = tiling.short_tiles, tiling.long_tiles
     keys, lanes = max(tiling.decode_block, page), tiling.decode_lanes
-    if backend == "cpu":  # whose decodes read the keys that there are
-        keys, lanes = 1, (1, 1)
     return Tiles(
         keys,
         *lanes,

@@ -32,6 +32,7 @@ from pallas_kernels.ragged_paged_attention import BACKENDS, tpu_work, tuned, xla
 from pallas_kernels.ragged_paged_attention.shapes import WORKS, LayerShape
 
 DECODES = ("decode 1 x 32k", "decode 8 x 8k", "decode 64 x 1k", "decode 64 x 8k", "decode 256 x 1k")
+WITHOUT_TILES = ("reference", "cpu")
 MIXED = ("prefill 512", "prefill 2k", "prefill 16 x 512", "mixed 64 x 2k and 1984")
 
 
@@ -56,7 +57,7 @@ def candidates(backend: str, layer: Shape, page_size: int, *, decode_only: bool)
     if backend == "xla" and decode_only:
         for block, most in itertools.product((32, 64, 128, 256), (8, 16, 32, 64)):
             yield xla.Tiling(decode_block=block, decode_lanes=(4, most))
-    elif backend in ("xla", "cpu") and not decode_only:
+    elif backend == "xla":
         for long, short in itertools.product(
             ((128, 128), (128, 256), (256, 256), (256, 512)), ((32, 64), (64, 128))
         ):
@@ -205,7 +206,7 @@ def main(arguments: list[str] | None = None) -> None:
     several: Any = {"action": "extend", "nargs": "+", "metavar": "NAME"}
     parser.add_argument("--layer", choices=sorted(LAYERS), help="default: all", **several)
     parser.add_argument("--work", choices=sorted(WORKS), help="default: nine of both kinds", **several)
-    parser.add_argument("--backend", choices=[b for b in BACKENDS if b != "reference"])
+    parser.add_argument("--backend", choices=[b for b in BACKENDS if b not in WITHOUT_TILES])
     parser.add_argument("--dtype", help="default: float32 on CPU, else bfloat16")
     parser.add_argument("--page-size", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3)
@@ -220,7 +221,8 @@ def main(arguments: list[str] | None = None) -> None:
     works = options.work or [*DECODES, *MIXED]
     choices: list[Choice] = []
     for layer in options.layer or LAYERS:
-        backend = options.backend or backends_here(LAYERS[layer], jnp.dtype(options.dtype))[-1]
+        here = backends_here(LAYERS[layer], jnp.dtype(options.dtype))
+        backend = options.backend or next(b for b in reversed(here) if b not in WITHOUT_TILES)
         for decode_only in (True, False):
             own = [name for name in works if WORKS[name].decode_only == decode_only]
             choice = tune(backend, layer, own, options) if own else None

@@ -420,7 +420,6 @@ def test_turns_of_close_and_of_distant_rivals() -> None:
 def test_tiles_are_tuned(small_shapes: None, tmp_path: Path) -> None:
     out = tmp_path / "tuned.json"
     out.write_text(json.dumps({"xla": {"another": {"decode_block": 1}}}))
-    assert not list(tune.candidates("cpu", LAYERS["small"], 16, decode_only=True))
     quick = [
         "--repeats",
         "1",

@@ -107,7 +107,7 @@ def _best_backend(
     if platform == "cpu":
         missing = cpu.missing(dtype)
         if missing is None:
-            return "cpu", "XLA's, with a kernel for decodes"
+            return "cpu", "kernels for decodes and for prefills, compiled by numba"
         return "xla", f"the portable one; cpu {missing}"
     if platform == "tpu":
         # The portable one would lay out the whole cache anew in every layer.

@@ -29,12 +29,14 @@ def record_at(dtype: np.dtype) -> Any:
     return _typed_at(numba.from_dtype(dtype))
 
 
+bytes_at = _typed_at(types.CPointer(types.uint8))
 floats_at = _typed_at(types.CPointer(types.float32))
 ints_at = _typed_at(types.CPointer(types.int32))
 words_at = _typed_at(types.CPointer(types.int64))
 
 malloc = types.ExternalFunction("malloc", types.intp(types.intp))  # type: ignore[no-untyped-call]
 free = types.ExternalFunction("free", types.void(types.intp))  # type: ignore[no-untyped-call]
+memcpy = types.ExternalFunction("memcpy", types.intp(types.intp, types.intp, types.intp))  # type: ignore[no-untyped-call]
 sched_yield = types.ExternalFunction("sched_yield", types.int32())  # type: ignore[no-untyped-call]
 
 

@@ -6,7 +6,7 @@ tokens. Keys and values live in pages; page_table[s] lists the pages of sequence
 writes the new keys and values into their pages, then attends.
 
 Backends: `reference` (dense and obviously right, the oracle), `xla` (flash-style, portable: its cost
-follows the real lengths, not the padded shapes), `cpu` (that, with a kernel for decodes, by numba), `tpu`
+follows the real lengths, not the padded shapes), `cpu` (kernels compiled by numba, over float32 pages), `tpu`
 (Pallas Mosaic TPU), `gpu` (Pallas Mosaic GPU, for Hopper, with JAX 0.11 or newer) and `triton` (jax-triton,
 for Ampere and Ada).
 """
@@ -139,9 +139,9 @@ def ragged_paged_attention(
     implementation = importlib.import_module(f"{__name__}.{backend}")
     operands = (q, k, v, kv_pages, layer, page_table, seq_lens, query_starts, options)
     results: tuple[Any, ...]
-    if backend == "reference":
+    if not hasattr(implementation, "Tiling"):
         if tiling is not None:
-            raise ValueError(f"The reference backend has no tiles; leave out tiling={tiling}.")
+            raise ValueError(f"The {backend} backend has no tiles to choose; leave out tiling={tiling}.")
         results = implementation.attend(*operands)
     else:
         if tiling is None:

@@ -1,7 +1,8 @@
-"""The backend of CPUs: prefills by `xla_flash`, decodes by `cpu_kernel`, which XLA calls by `cpu_handler`.
+"""The backend of CPUs: `cpu_prefill` and `cpu_decode`, compiled by numba, which XLA calls by `cpu_handler`.
 
-XLA gathers the pages of decodes into copies before it multiplies them, in products too small for it; the
-kernel reads every key and value where it lies, once.
+XLA gathers the pages of decodes into copies before it multiplies them, in products too small for it, and
+computes every logit of a prefill's last blocks though half of them are masked; the kernels read keys and
+values where they lie and stay in registers.
 """
 
 from __future__ import annotations
@@ -14,20 +15,19 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from pallas_kernels.native import loading
-from pallas_kernels.ragged_paged_attention import xla
+from pallas_kernels.ragged_paged_attention.cache import write_new_tokens
 from pallas_kernels.ragged_paged_attention.options import AttentionOptions
-from pallas_kernels.ragged_paged_attention.xla_flash import PagedBlocks, Tiling
 
-__all__ = ["Tiling", "attend", "missing"]
+__all__ = ["attend", "missing"]
 
-_TARGET = "pallas_kernels_decode_attention"
+_TARGET = "pallas_kernels_attention"
 
 
 def missing(cache_dtype: DTypeLike) -> str | None:
     """What keeps the backend from running here, as the end of a sentence; None is nothing."""
     if jnp.dtype(cache_dtype) != jnp.float32:
         return f"reads pages of float32, and these are {jnp.dtype(cache_dtype).name}"
-    return loading.missing(_TARGET, f"{__package__}.cpu_handler")
+    return loading.missing(_TARGET, "pallas_kernels.ragged_paged_attention.cpu_handler")
 
 
 def attend(
@@ -40,48 +40,41 @@ def attend(
     seq_lens: jax.Array,
     query_starts: jax.Array,
     options: AttentionOptions,
-    tiling: Tiling | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """See `ragged_paged_attention`; the tiling is that of prefills.
+    """See `ragged_paged_attention`.
 
     Raises:
-        ValueError: the pages are not of float32, or the kernel cannot be compiled here.
+        ValueError: the pages are not of float32, or the kernels cannot be compiled here.
     """
     if (reason := missing(kv_pages.dtype)) is not None:
         raise ValueError(f"backend='cpu' {reason}; or take 'xla'.")
-    operands = (q, k, v, kv_pages, layer, page_table, seq_lens, query_starts, options, tiling)
-    return xla.attend(*operands, attend_decodes=_attend_decodes)
-
-
-def _attend_decodes(
-    q: jax.Array,
-    blocks: PagedBlocks,
-    page_table: jax.Array,
-    seq_lens: jax.Array,
-    sees_itself: jax.Array | None,
-    options: AttentionOptions,
-    tiling: Tiling,
-) -> tuple[jax.Array, jax.Array | None]:
-    """See `xla_flash.attend_decodes`."""
-    first, end = jnp.zeros_like(seq_lens), seq_lens
-    if options.window is not None:
-        first = jnp.maximum(seq_lens - options.window, 0)
-    if sees_itself is not None:
-        end = seq_lens - jnp.where(sees_itself, 0, 1)
-    nothing = jnp.zeros(0, jnp.float32)
-    shapes: list[Any] = [jax.ShapeDtypeStruct(q.shape, jnp.float32)]
+    num_tokens, _, head_dim = q.shape
+    num_kv_heads = k.shape[1]
+    kv_pages = write_new_tokens(k, v, kv_pages, layer, page_table, seq_lens, query_starts, options)
+    # Feature-major models have columns and take columns, and there XLA leaves these transpositions out.
+    grouped = q.astype(jnp.float32).reshape(num_tokens, num_kv_heads, -1, head_dim)
+    columns = grouped.transpose(1, 2, 3, 0)
+    shapes: list[Any] = [jax.ShapeDtypeStruct(columns.shape, jnp.float32)]
     if options.return_lse:
-        shapes.append(jax.ShapeDtypeStruct(q.shape[:3], jnp.float32))
+        shapes.append(jax.ShapeDtypeStruct((*columns.shape[:2], num_tokens), jnp.float32))
+    scale = options.scale if options.k_scale is None else options.scale * options.k_scale
+    none, no_tree = jnp.zeros(0, jnp.float32), jnp.zeros((0, 1), jnp.bool_)
     out, *lse = jax.ffi.ffi_call(_TARGET, shapes)(
-        q,
-        blocks.pages,
+        columns,
+        kv_pages,
         page_table,
-        jnp.asarray(blocks.layer, jnp.int32),
-        first,
-        end,
+        jnp.asarray(layer, jnp.int32),
         seq_lens,
-        nothing if options.sinks is None else options.sinks.astype(jnp.float32),
-        nothing if options.alibi_slopes is None else options.alibi_slopes.astype(jnp.float32),
-        np.array([options.soft_cap or 0], np.float32),
+        query_starts,
+        np.int32(options.window or 0),
+        jnp.asarray(scale, jnp.float32),
+        np.float32(options.soft_cap or 0),
+        none if options.sinks is None else options.sinks.astype(jnp.float32),
+        none if options.alibi_slopes is None else options.alibi_slopes.astype(jnp.float32),
+        none.astype(jnp.int32) if options.span_ends is None else options.span_ends.astype(jnp.int32),
+        no_tree if options.tree_mask is None else options.tree_mask,
     )
-    return out, lse[0] if lse else None
+    if options.v_scale is not None:
+        out = out * options.v_scale
+    out = out.reshape(-1, num_tokens).T.reshape(q.shape).astype(q.dtype)
+    return out, kv_pages, lse[0].transpose(2, 0, 1).reshape(q.shape[:2]) if lse else None

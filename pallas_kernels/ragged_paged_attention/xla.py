@@ -10,12 +10,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.ragged_paged_attention.cache import write_new_tokens
 from pallas_kernels.ragged_paged_attention.options import AttentionOptions
-from pallas_kernels.ragged_paged_attention.xla_flash import (
-    AttendDecodes,
-    PagedBlocks,
-    Tiling,
-    flash_attention,
-)
+from pallas_kernels.ragged_paged_attention.xla_flash import PagedBlocks, Tiling, flash_attention
 
 __all__ = ["Tiling", "attend"]
 
@@ -31,9 +26,8 @@ def attend(
     query_starts: jax.Array,
     options: AttentionOptions,
     tiling: Tiling | None = None,
-    attend_decodes: AttendDecodes | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """See `ragged_paged_attention`, and `flash_attention` for the last one; lse is None unless asked for."""
+    """See `ragged_paged_attention`, ; lse is None unless asked for."""
     num_tokens, _, head_dim = q.shape
     num_kv_heads = k.shape[1]
     tiling = tiling or Tiling.choose(num_kv_heads, head_dim)
@@ -41,9 +35,7 @@ def attend(
     scale = options.scale if options.k_scale is None else options.scale * options.k_scale
     blocks = PagedBlocks(kv_pages, layer, head_dim, _split_heads)
     grouped = (q.astype(jnp.float32) * scale).reshape(num_tokens, num_kv_heads, -1, head_dim)
-    out, lse = flash_attention(
-        grouped, blocks, page_table, seq_lens, query_starts, options, tiling, attend_decodes
-    )
+    out, lse = flash_attention(grouped, blocks, page_table, seq_lens, query_starts, options, tiling)
     if options.v_scale is not None:
         out = out * options.v_scale
     if lse is not None:

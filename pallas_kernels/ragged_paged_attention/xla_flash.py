@@ -103,9 +103,6 @@ class PagedBlocks:
         return keys.astype(jnp.float32), jnp.where(visible[..., None, None], values, zero).astype(jnp.float32)
 
 
-AttendDecodes = Callable[..., tuple[jax.Array, jax.Array | None]]
-
-
 def flash_attention(
     q: jax.Array,
     blocks: PagedBlocks,
@@ -114,28 +111,23 @@ def flash_attention(
     query_starts: jax.Array,
     options: AttentionOptions,
     tiling: Tiling,
-    attend_decodes: AttendDecodes | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Attention of q [T, kv_heads, group, head_dim], float32 and scaled, over keys that are in their pages.
 
-    Args:
-        attend_decodes: in place of the function below that is called so.
-
     Returns out float32[T, kv_heads, group, value_dim] and, where asked for, log-sum-exp [T, kv_heads, group].
     """
-    attend_decodes = attend_decodes or _attend_decodes
     num_tokens = q.shape[0]
     query_lens = query_starts[1:] - query_starts[:-1]
     decode_lens = jnp.where(query_lens == 1, seq_lens, 0)
     if options.decode_only:
         sees_itself = None if options.tree_mask is None else options.tree_mask[:, 0]
-        return attend_decodes(q, blocks, page_table, decode_lens, sees_itself, options, tiling)
+        return _attend_decodes(q, blocks, page_table, decode_lens, sees_itself, options, tiling)
     columns = q.transpose(1, 3, 2, 0)
     out, lse = _attend_prefills(columns, blocks, page_table, seq_lens, query_starts, options, tiling)
     rows = query_starts[:-1]
     own_row = jnp.minimum(rows, num_tokens - 1)
     sees_itself = None if options.tree_mask is None else options.tree_mask[own_row, 0]
-    decodes, decode_lse = attend_decodes(
+    decodes, decode_lse = _attend_decodes(
         q[own_row], blocks, page_table, decode_lens, sees_itself, options, tiling
     )
     target = jnp.where(query_lens == 1, rows, num_tokens)

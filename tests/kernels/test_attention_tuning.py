@@ -82,6 +82,7 @@ def test_tilings_of_a_gpu_survive_being_written() -> None:
     assert gpu.Tiling.from_fields(json.loads(json.dumps(dataclasses.asdict(tiling)))) == tiling
 
 
-def test_the_oracle_has_no_tiles() -> None:
-    with pytest.raises(ValueError, match="reference backend has no tiles"):
-        attend(MIXED, backend="reference", tiling=xla.Tiling())
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_what_has_no_tiles_says_so(backend: str) -> None:
+    with pytest.raises(ValueError, match=f"{backend} backend has no tiles"):
+        attend(MIXED, backend=backend, tiling=xla.Tiling())

@@ -40,6 +40,7 @@ SHAPES = {
         16, 8, 128, 16, 12, 4, 4, decode_only=True, window=150, soft_cap=9.0, sinks=True, alibi=True,
         tree_width=3, lse=True,
     ),
+    "many heads of a key, head wider than a vector": Shape(10, 1, 72, 5, 30, 3, 70, longest=60, lse=True),
     "mixed, with many keys": Shape(16, 8, 128, 16, 12, 4, 30, lse=True),
     "bfloat16": Shape(4, 2, 16, 8, 12, 4, 32, dtype=jnp.bfloat16),
     "bfloat16 decodes": Shape(4, 2, 16, 8, 12, 4, 4, decode_only=True, dtype=jnp.bfloat16),

@@ -37,7 +37,7 @@ def test_the_choice_is_logged_with_its_reason(caplog: pytest.LogCaptureFixture) 
         assert choose_backend("xla", "tpu", 64) == "xla"
         assert choose_backend("reference", "cpu", 64) == "reference"
         assert choose_backend("tpu", "tpu", 64) == "tpu"
-    assert "cpu (XLA's, with a kernel for decodes)" in caplog.text
+    assert "cpu (kernels for decodes and for prefills, compiled by numba)" in caplog.text
     assert "xla (the portable one" in caplog.text
     assert "reference (asked for)" in caplog.text
 
