@@ -492,7 +492,7 @@ def test_structured_output_counts_every_form(tmp_path: Path, capsys: pytest.Capt
     ]
     structured_output.main(arguments)
     costs = json.loads(file.read_text())
-    assert [row["form"] for row in costs["rows"]] == [*structured_output.FORMS, "all"]
+    assert [row["form"] for row in costs["rows"]] == [*structured_output.FORMS, "mix"]
     table = capsys.readouterr().out
     for row in costs["rows"]:
         assert row["form"] in table
