@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from numba import cfunc, types
 
-from pallas_kernels.matmul.cpu_kernel import CALL, COLUMNS, DIRECT, STRIP, call_at, scratch_bytes, work
+from pallas_kernels.matmul.cpu_kernel import CALL, COLUMNS, FEW_TOKENS, STRIP, call_at, scratch_bytes, work
 from pallas_kernels.native.pointers import address_of_text, free, ints_at, malloc, words_at
 from pallas_kernels.native.tasks import (
     ARGUMENT_BYTES,
@@ -37,13 +37,12 @@ def _multiply(frame, argument):  # type: ignore[no-untyped-def]
 
     groups = (tokens + COLUMNS - 1) // COLUMNS
     threads = threads_for(frame, rows * groups, rows * depth * 4 // WAKING_BYTES, argument)
-    if tokens > DIRECT:  # every block packs its group: no more of them than keep threads busy to the end
+    if tokens > FEW_TOKENS:  # every block packs its group: no more of them than keep threads busy to the end
         blocks = (threads * TASKS_OF_THREAD + groups - 1) // groups
     else:
         blocks = (rows * depth * 4 + BLOCK_BYTES - 1) // BLOCK_BYTES
     block = ((rows + blocks - 1) // blocks + STRIP - 1) // STRIP * STRIP
-    blocks = (rows + block - 1) // block
-    tasks = blocks * groups
+    tasks = (rows + block - 1) // block * (groups if tokens > FEW_TOKENS else 1)
     address = malloc(_CALL_BYTES + threads * scratch_bytes(block))
     if address == 0:
         return False

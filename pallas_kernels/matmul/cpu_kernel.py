@@ -1,17 +1,22 @@
 """A weight times tokens on a CPU, in float32, compiled by numba; see `cpu_handler`.
 
-The result is cut into blocks of rows, and these into groups of columns, which are tokens: a task is a group
-of a block, and writes it alone. Within it, strips of a few rows of the weight stream by, each once, while the
-group's tokens stay in the second cache: beside each other where there are few, so that they are read where
-they lie, and packed where a row of them would be too long a step (Goto and van de Geijn 2008). The weight is
-never packed: fetching the strip after next while one is multiplied hides where it comes from.
+The result is cut into blocks of rows, and these into groups of columns, which are tokens. Within a group of a
+block, strips of a few rows of the weight stream by while the group's tokens stay in the second cache (Goto
+and van de Geijn 2008). The weight is read where it lies; the strip after the one that is multiplied is
+fetched meanwhile.
 
-Few tokens take narrower vectors: with up to 16 of them the time is that of reading the weight. Every number
-is summed in the order of the depth, so that a token's result is the same whatever the others are, bit for
-bit.
+- Few tokens: a task is a block, and its weights are read from memory once. Tokens are read where they lie,
+  and take vectors no wider than they need: up to 16 of them cost the time of reading the weight.
+- Many tokens: a task is a group of a block. Its tokens are packed first, since a row of all tokens would be
+  too long a step.
+
+A task alone writes what it computes. Every number is summed in the order of the depth, so that a token's
+result is the same whatever the others are, bit for bit.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 from numba import njit
@@ -22,10 +27,12 @@ from pallas_kernels.native.tiles import tile_product
 
 _compiled = njit(error_model="numpy", no_cpython_wrapper=True)
 _part = njit(error_model="numpy", inline="always")
+# As tiles do it, multiplies and adds in one operation.
+_rounded_once = njit(error_model="numpy", fastmath={"contract"}, no_cpython_wrapper=True)
 
 COLUMNS = 32  # of a group
-STRIP = 16  # the rows of blocks are a multiple of the rows of any tile
-DIRECT = 64  # from more tokens than that on, they are packed
+STRIP = 16  # a multiple of the rows of any tile, as those of a block are
+FEW_TOKENS = 64
 PANEL_DEPTH = 4096  # of packed tokens: 512 KiB for a group, half of the second cache that is usual
 
 _PANEL_BYTES = PANEL_DEPTH * COLUMNS * 4
@@ -42,47 +49,40 @@ CALL = np.dtype(
 )
 call_at = record_at(CALL)
 
-# Tiles by the tokens of a group, and a row at a time for what is left of a block.
-_eight_by_32, _one_by_32 = tile_product(8, 2, 16), tile_product(1, 2, 16)
-_sixteen_by_16, _one_by_16 = tile_product(16, 1, 16), tile_product(1, 1, 16)
-_sixteen_by_8, _one_by_8 = tile_product(16, 1, 8), tile_product(1, 1, 8)
-_sixteen_by_4, _one_by_4 = tile_product(16, 1, 4), tile_product(1, 1, 4)
+
+@_rounded_once
+def _multiply_rest(a, a_row, rows, b, b_depth, c, c_row, columns, depth, add):  # type: ignore[no-untyped-def]
+    """Rows that fill no tile, one by one."""
+    for m in range(rows):
+        numbers, sums = floats_at(a + m * a_row), floats_at(c + m * c_row)
+        if add == 0:
+            for j in range(columns):
+                sums[j] = _ZERO
+        for d in range(depth):
+            number, tokens = numbers[d], floats_at(b + d * b_depth)
+            for j in range(columns):
+                sums[j] += number * tokens[j]
 
 
-def _multiplier(tile, one_row, rows, columns):  # type: ignore[no-untyped-def]
-    """Strip by strip: c[block rows, columns] (+)= a[block rows, depth] b[depth, columns]."""
+def _multiplier(rows: int, vectors: int, width: int) -> Any:
+    """Strip by strip: c[count, columns] (+)= a[count, depth] b[depth, columns]; vectors * width columns."""
+    tile = tile_product(rows, vectors, width)
 
     @_part
-    def multiply(a, a_row, count, b, b_depth, c, c_row, depth, add):  # type: ignore[no-untyped-def]
-        full = count // rows * rows
-        # Whole rows lie one after the other: the next strip is where this one ends.
-        ahead_depth = rows * 4 if a_row == depth * 4 else 0
-        for m in range(0, full, rows):
-            strip = a + m * a_row
-            tile(
-                strip,
-                a_row,
-                4,
-                b,
-                b_depth,
-                c + m * c_row,
-                c_row,
-                depth,
-                add,
-                strip + rows * a_row,
-                ahead_depth,
-            )
-        for m in range(full, count):
-            strip = a + m * a_row
-            one_row(strip, a_row, 4, b, b_depth, c + m * c_row, c_row, depth, add, strip, 0)
+    def multiply(a, a_row, count, b, b_depth, c, c_row, depth, add, after):  # type: ignore[no-untyped-def]
+        """`after` is the strip that follows the last one of these."""
+        ahead_depth = rows * 4 if a_row == depth * 4 else 0  # else it is not in one piece
+        for m in range(0, count, rows):
+            strip, target = a + m * a_row, c + m * c_row
+            ahead = strip + rows * a_row if m + rows < count else after
+            tile(strip, a_row, 4, b, b_depth, target, c_row, depth, add, ahead, ahead_depth)
 
     return multiply
 
 
-_by_32 = _multiplier(_eight_by_32, _one_by_32, 8, 32)
-_by_16 = _multiplier(_sixteen_by_16, _one_by_16, 16, 16)
-_by_8 = _multiplier(_sixteen_by_8, _one_by_8, 16, 8)
-_by_4 = _multiplier(_sixteen_by_4, _one_by_4, 16, 4)
+# By the columns of a group, as far as its tokens fill vectors.
+_by_32, _by_16 = _multiplier(8, 2, 16), _multiplier(16, 1, 16)
+_by_8, _by_4 = _multiplier(16, 1, 8), _multiplier(16, 1, 4)
 
 
 @_part
@@ -113,35 +113,37 @@ def _store(this, tile, columns, first_row, rows, first_token, count):  # type: i
 
 
 @_part
-def _multiply_group(this, block, group, panel, packed, tile):  # type: ignore[no-untyped-def]
-    """One task; gives the group that `panel` holds then, or -1."""
-    first_row = block * this.block
-    rows = min(this.block, this.rows - first_row)
+def _multiply_group(this, first_row, rows, group, panel, packed, tile, after):  # type: ignore[no-untyped-def]
+    """A group of a block of rows; gives the group that `panel` holds then, or -1."""
     first_token = group * COLUMNS
     count = min(COLUMNS, this.tokens - first_token)
     columns = 32 if count > 16 else 16 if count > 8 else 8 if count > 4 else 4
-    is_direct = count == columns and this.tokens <= DIRECT
+    is_direct = count == columns and this.tokens <= FEW_TOKENS
     is_whole = count == columns and not this.tokens_first
     c = this.y + (first_row * this.tokens + first_token) * 4 if is_whole else tile
     c_row = this.tokens * 4 if is_whole else columns * 4
+    a_row = this.depth * 4
     for start in range(0, this.depth, PANEL_DEPTH):
         depth = min(PANEL_DEPTH, this.depth - start)
+        a, add = this.weight + first_row * a_row + start * 4, 1 if start > 0 else 0
         b, b_depth = this.x + (start * this.tokens + first_token) * 4, this.tokens * 4
         if not is_direct:
             if packed != group:
                 _pack(b, this.tokens, depth, count, columns, panel)
                 packed = group if depth == this.depth else -1
             b, b_depth = panel, columns * 4
-        a, a_row = this.weight + (first_row * this.depth + start) * 4, this.depth * 4
-        add = 1 if start > 0 else 0
+        strips = rows // STRIP * STRIP
         if columns == 32:
-            _by_32(a, a_row, rows, b, b_depth, c, c_row, depth, add)
+            _by_32(a, a_row, strips, b, b_depth, c, c_row, depth, add, after)
         elif columns == 16:
-            _by_16(a, a_row, rows, b, b_depth, c, c_row, depth, add)
+            _by_16(a, a_row, strips, b, b_depth, c, c_row, depth, add, after)
         elif columns == 8:
-            _by_8(a, a_row, rows, b, b_depth, c, c_row, depth, add)
+            _by_8(a, a_row, strips, b, b_depth, c, c_row, depth, add, after)
         else:
-            _by_4(a, a_row, rows, b, b_depth, c, c_row, depth, add)
+            _by_4(a, a_row, strips, b, b_depth, c, c_row, depth, add, after)
+        if strips < rows:
+            a, rest = a + strips * a_row, c + strips * c_row
+            _multiply_rest(a, a_row, rows - strips, b, b_depth, rest, c_row, columns, depth, add)
     if not is_whole:
         _store(this, tile, columns, first_row, rows, first_token, count)
     return packed
@@ -152,14 +154,23 @@ def work(address):  # type: ignore[no-untyped-def]
     """Claims tasks until there are no more: what every thread of a call does."""
     this = call_at(address)
     panel = this.scratch + enter(address) * scratch_bytes(this.block)
-    packed = -1
-    while True:
-        task = claim(address)
-        if task >= this.counters.tasks:
-            break
-        block, group = task // this.groups, task % this.groups
-        packed = _multiply_group(this, block, group, panel, packed, panel + _PANEL_BYTES)
+    groups_of_task = this.groups if this.tokens <= FEW_TOKENS else 1
+    tasks_of_block = this.groups // groups_of_task
+    packed, task = -1, claim(address)
+    while task < this.counters.tasks:
+        # Short tasks are claimed one ahead, so that the next one's first strip is fetched in time.
+        following = claim(address) if tasks_of_block == 1 else task
+        first_row, first_group = task // tasks_of_block * this.block, task % tasks_of_block * groups_of_task
+        rows = min(this.block, this.rows - first_row)
+        own = this.weight + first_row * this.depth * 4
+        after = this.weight + following // tasks_of_block * this.block * this.depth * 4
+        for group in range(first_group, first_group + groups_of_task):
+            is_last = group == first_group + groups_of_task - 1
+            packed = _multiply_group(
+                this, first_row, rows, group, panel, packed, panel + _PANEL_BYTES, after if is_last else own
+            )
         finish(address)
+        task = following if tasks_of_block == 1 else claim(address)
     leave(address)
 
 
