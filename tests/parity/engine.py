@@ -7,12 +7,14 @@ from pathlib import Path
 from tests.parity.checkpoints import NUM_GREEDY_TOKENS
 
 
-def run(directory: Path, prompt: list[int], *, max_num_batched_tokens: int) -> tuple[list[float], list[int]]:
+def run(directory: Path, prompt: list[int], *, chunk: int = 0) -> tuple[list[float], list[int]]:
     """Logprob of each prompt token but the first, and the greedy continuation.
 
+    Few tokens and one sequence at a time make few shapes to compile, which is what these tests wait for; with
+    chunks or without, these are the same, so that a second lane finds what the first one compiled.
+
     Args:
-        max_num_batched_tokens: a prompt longer than this is computed in chunks. Few tokens and one
-            sequence at a time make few shapes to compile, which is what these tests wait for.
+        chunk: a prompt longer than this is computed in chunks; 0 is at once, as far as a step takes it.
     """
     from jaxllm import LLM, SamplingParams
 
@@ -22,7 +24,8 @@ def run(directory: Path, prompt: list[int], *, max_num_batched_tokens: int) -> t
         dtype="float32",
         max_model_len=len(prompt) + NUM_GREEDY_TOKENS,
         max_num_seqs=1,
-        max_num_batched_tokens=max_num_batched_tokens,
+        max_num_batched_tokens=64,
+        long_prefill_token_threshold=chunk,
         kv_cache_memory_bytes=8 << 20,
     )
     params = SamplingParams(

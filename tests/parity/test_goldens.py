@@ -59,7 +59,7 @@ def test_parameters_compute_what_hugging_face_does(name: str, tmp_path: Path) ->
 @pytest.mark.parametrize("name", NAMES)
 def test_engine_equals_hugging_face(name: str, tmp_path: Path) -> None:
     golden = read_golden(name)
-    logprobs, tokens = engine.run(checkpoint(golden, tmp_path), golden["prompt"], max_num_batched_tokens=16)
+    logprobs, tokens = engine.run(checkpoint(golden, tmp_path), golden["prompt"], chunk=16)
     np.testing.assert_allclose(logprobs, golden["prompt_logprobs"], atol=TOLERANCE, rtol=0)
     assert tokens == golden["greedy"]
 
@@ -67,6 +67,6 @@ def test_engine_equals_hugging_face(name: str, tmp_path: Path) -> None:
 def test_a_converted_model_equals_hugging_face(tmp_path: Path) -> None:
     golden = read_golden("qwen2-window-upper-layers")
     convert(str(checkpoint(golden, tmp_path / "model")), tmp_path / "converted")
-    logprobs, tokens = engine.run(tmp_path / "converted", golden["prompt"], max_num_batched_tokens=16)
+    logprobs, tokens = engine.run(tmp_path / "converted", golden["prompt"], chunk=16)
     np.testing.assert_allclose(logprobs, golden["prompt_logprobs"], atol=TOLERANCE, rtol=0)
     assert tokens == golden["greedy"]

@@ -73,7 +73,7 @@ def test_engine_equals_hugging_face(name: str, tmp_path: Path) -> None:
     want_logprobs = hugging_face.prompt_logprobs(model, prompt)
     want_tokens, lead = hugging_face.greedy(model, prompt, NUM_GREEDY_TOKENS)
 
-    logprobs, tokens = engine.run(tmp_path / "model", prompt, max_num_batched_tokens=64)
+    logprobs, tokens = engine.run(tmp_path / "model", prompt)
     np.testing.assert_allclose(logprobs, want_logprobs, atol=TOLERANCE, rtol=0)
     assert tokens == want_tokens, f"the closest call of Hugging Face had a lead of {lead:.1e}"
 

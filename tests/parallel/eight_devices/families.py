@@ -1,7 +1,8 @@
 """Every family on meshes of every kind: the tokens of one device, whatever the engine does to its requests.
 
 Chunked prefill, a prefix cache, preemption, n > 1, biases and log-probabilities are all on. Each family is
-on all axes of a mesh at once, and on four devices of one; `EVERY_MESH=1` has each on every mesh.
+on all axes of a mesh at once, and each kind of attention and of layers on four devices of one, where heads
+are copied and stages hold fewest layers; `EVERY_MESH=1` has each family on every mesh.
 """
 
 from __future__ import annotations
@@ -44,17 +45,17 @@ MESHES = {
 WITHOUT_EXPERTS = tuple(name for name, settings in MESHES.items() if not settings["enable_expert_parallel"])
 CHOSEN: dict[str, tuple[str, ...]] = {
     "llama": ("tp4", "dp2-pp2-tp2"),
-    "mistral-window": ("pp4", "dp2-pp2-tp2"),
+    "mistral-window": ("dp2-pp2-tp2",),
     "qwen2-layer-types": ("pp4", "dp2-pp2-tp2"),
     "qwen3-biases-mqa": ("tp4", "dp2-pp2-tp2"),
     "mixtral": ("tp4-ep", "dp2-pp2-tp2"),
-    "qwen2-moe-every-other-layer": ("pp4", "dp2-pp2-tp2-ep"),
+    "qwen2-moe-every-other-layer": ("dp2-pp2-tp2-ep",),
     "qwen3-moe-mlp-in-the-middle": ("pp4", "dp2-pp2-tp2-ep"),
-    "olmoe-clipped": ("tp4", "dp2-pp2-tp2-ep"),
+    "olmoe-clipped": ("dp2-pp2-tp2-ep",),
     "deepseek-v2": ("dp2-tp2-ep", "dp2-pp2-tp2"),
     "deepseek-v3": ("tp4", "dp2-pp2-tp2-ep"),
-    "opt-post-norm-projected": ("pp4", "dp2-pp2-tp2"),
-    "gpt2": ("tp4", "dp2-pp2-tp2"),
+    "opt-post-norm-projected": ("dp2-pp2-tp2",),
+    "gpt2": ("dp2-pp2-tp2",),
 }
 EVERY = {family: MESHES if "experts" in str(hf_config(family)) else WITHOUT_EXPERTS for family in FAMILIES}
 
