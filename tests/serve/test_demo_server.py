@@ -40,8 +40,11 @@ class DemoServer:
             str(self.port),
             "--max-model-len",
             "1k",
+            # Few sizes of steps, which are compiled behind its back while it is tested.
             "--max-num-seqs",
-            "16",
+            "8",
+            "--max-num-batched-tokens",
+            "64",
             "--enable-auto-tool-choice",
             "--tool-call-parser",
             "hermes",
@@ -346,7 +349,7 @@ def test_the_engine_is_watched_at_work(demo: DemoServer, client: openai.OpenAI) 
     with httpx.stream("GET", f"{demo.url}/engine/events", timeout=8) as response:
         messages = (json.loads(line[6:]) for line in response.iter_lines() if line.startswith("data: "))
         snapshot = next(messages)
-        assert snapshot["type"] == "snapshot" and snapshot["limits"]["max_num_seqs"] == 16
+        assert snapshot["type"] == "snapshot" and snapshot["limits"]["max_num_seqs"] == 8
         asked = ask(client).usage
         events: list[Any] = []
         # An overlapped step, which was planned before the end was known, may come after it.
