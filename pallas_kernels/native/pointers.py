@@ -63,6 +63,29 @@ def call(context, function, argument):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
+def prefetch(context, address):  # type: ignore[no-untyped-def]
+    """Fetches the line at an address, which need not exist, into the second cache."""
+
+    def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        build_prefetch(builder, arguments[0])
+        return context.get_dummy_value()
+
+    return types.void(types.intp), codegen
+
+
+def build_prefetch(builder: Any, address: Any) -> None:
+    """See `prefetch`; for code that is being built."""
+    byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+    name = "llvm.prefetch.p0"
+    known = builder.module.globals.get(name)
+    function = known or ir.Function(
+        builder.module, ir.FunctionType(ir.VoidType(), [byte, number, number, number]), name
+    )
+    read, second_cache, data = (ir.Constant(number, n) for n in (0, 2, 1))
+    builder.call(function, [builder.inttoptr(address, byte), read, second_cache, data])
+
+
+@intrinsic
 def float_of_bits(context, bits):  # type: ignore[no-untyped-def]
     """The float32 that the bits of an int32 are."""
 

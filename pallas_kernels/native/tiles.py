@@ -14,8 +14,9 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from pallas_kernels.native.pointers import build_prefetch
+
 _WORD, _INT, _FLOAT = ir.IntType(64), ir.IntType(32), ir.FloatType()
-_READ, _INTO_SECOND_CACHE, _DATA = (ir.Constant(_INT, n) for n in (0, 2, 1))
 
 
 def tile_product(rows: int, vectors: int, width: int) -> Any:
@@ -75,11 +76,7 @@ def tile_product(rows: int, vectors: int, width: int) -> Any:
             load(at(builder.add(b, b_offset), number(v * width * 4), vector.as_pointer()))
             for v in range(vectors)
         ]
-        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), _INT, _INT, _INT])
-        prefetch = builder.module.globals.get("llvm.prefetch.p0")
-        prefetch = prefetch or ir.Function(builder.module, kind, "llvm.prefetch.p0")
-        line = at(ahead, ahead_of, ir.IntType(8).as_pointer())
-        builder.call(prefetch, [line, _READ, _INTO_SECOND_CACHE, _DATA])
+        build_prefetch(builder, builder.add(ahead, ahead_of))
         undefined = ir.Constant(vector, ir.Undefined)
         lanes = ir.Constant(ir.VectorType(_INT, width), [0] * width)
         results, to_store = [], []

@@ -45,7 +45,7 @@ _no_memory = address_of_text("attention: no memory for what its threads work wit
 _chunk_of, _first_key, _end_key = cpu_decode.keys_of, cpu_decode.first_key, cpu_decode.end_key
 _chunk_scratch, _tile_scratch = cpu_decode.scratch_bytes, cpu_prefill.lay_out
 _queries_of, _attend_tile = cpu_prefill.queries_of, cpu_prefill.attend_tile
-_attend_chunk, _merge = cpu_decode.attend_chunk, cpu_decode.merge
+_attend_chunk, _merge, _partial_bytes = cpu_decode.attend_chunk, cpu_decode.merge, cpu_decode.partial_bytes
 _LINE = 64
 
 
@@ -60,14 +60,27 @@ def _tile(this, scratch, task, sequence, first_task):  # type: ignore[no-untyped
 
 
 @inlined
-def _chunk(this, scratch, chunk, sequence, first_chunk, end_chunk):  # type: ignore[no-untyped-def]
+def _keys(this, sequence, number):  # type: ignore[no-untyped-def]
+    """The keys of a sequence's chunk of that number."""
+    start = _first_key(this, sequence) + number * this.chunk
+    return start, min(start + this.chunk, _end_key(this, sequence))
+
+
+@inlined
+def _chunk(this, scratch, chunk, following, sequence, first_chunk):  # type: ignore[no-untyped-def]
     """One chunk of a sequence's keys; and all of them merged, if it is the last one to be done."""
-    start = _first_key(this, sequence) + (chunk - first_chunk) * this.chunk
-    stop = min(start + this.chunk, _end_key(this, sequence))
-    partial = this.partials + chunk * this.kv_heads * this.group * (this.head_dim + 2) * 4
-    _attend_chunk(this, scratch, sequence, start, stop, partial)
+    chunk_ends = words_at(this.chunk_ends)
+    start, stop = _keys(this, sequence, chunk - first_chunk)
+    next_sequence, next_first_chunk, next_start, next_stop = sequence, first_chunk, np.int64(0), np.int64(0)
+    if chunk < following < this.chunks:
+        while chunk_ends[next_sequence] <= following:
+            next_first_chunk = chunk_ends[next_sequence]
+            next_sequence += 1
+        next_start, next_stop = _keys(this, next_sequence, following - next_first_chunk)
+    partial = this.partials + chunk * _partial_bytes(this)
+    _attend_chunk(this, scratch, sequence, start, stop, partial, next_sequence, next_start, next_stop)
     if fetch_add(this.unmerged + sequence * 8, -1) == 1:
-        _merge(this, sequence, first_chunk, end_chunk)
+        _merge(this, sequence, first_chunk, chunk_ends[sequence])
 
 
 @inlined
@@ -87,10 +100,10 @@ def _work(address):  # type: ignore[no-untyped-def]
     scratch = this.scratch + enter(address) * this.scratch_bytes
     tile_ends, chunk_ends = words_at(this.tile_ends), words_at(this.chunk_ends)
     tile_sequence, first_task, chunk_sequence, first_chunk = 0, 0, 0, 0
-    while True:
-        task = claim(address)
-        if task >= this.counters.tasks:
-            break
+    # Short tasks are claimed one ahead, so that what the next one reads first is there in time.
+    is_short, task = this.tile_tasks == 0, claim(address)
+    while task < this.counters.tasks:
+        following = claim(address) if is_short else task
         chunk = task - this.tile_tasks
         if chunk < 0:
             while tile_ends[tile_sequence] <= task:
@@ -101,10 +114,11 @@ def _work(address):  # type: ignore[no-untyped-def]
             while chunk_ends[chunk_sequence] <= chunk:
                 first_chunk = chunk_ends[chunk_sequence]
                 chunk_sequence += 1
-            _chunk(this, scratch, chunk, chunk_sequence, first_chunk, chunk_ends[chunk_sequence])
+            _chunk(this, scratch, chunk, following - this.tile_tasks, chunk_sequence, first_chunk)
         else:
             _clear_padding(this, chunk - this.chunks)
         finish(address)
+        task = following if is_short else claim(address)
     leave(address)
 
 
@@ -177,12 +191,11 @@ def _attend(frame, argument):  # type: ignore[no-untyped-def]
     flops = pairs * kv_heads * group * head_dim * 4
     cost = chunks * this.chunk * kv_heads * head_dim * 8 + flops // _FLOPS_PER_BYTE
     workers = threads_for(frame, tasks, cost // _WAKING_BYTES, argument)
-    partial_bytes = kv_heads * group * (head_dim + 2) * 4
     scratch_bytes = _chunk_scratch(kv_heads * group, head_dim)
     if tile_tasks > 0:
         scratch_bytes = max(scratch_bytes, _tile_scratch(0, group, head_dim))
     scratch_bytes = (scratch_bytes + _LINE - 1) // _LINE * _LINE
-    memory = malloc(_LINE + workers * scratch_bytes + chunks * partial_bytes)
+    memory = malloc(_LINE + workers * scratch_bytes + chunks * _partial_bytes(this))
     if memory == 0:
         free(address)
         return False
