@@ -23,17 +23,17 @@ from numba import njit
 
 from pallas_kernels.native.pointers import floats_at, record_at
 from pallas_kernels.native.tasks import COUNTERS, claim, enter, finish, leave
-from pallas_kernels.native.tiles import tile_product
+from pallas_kernels.native.tiles import REGISTERS, WIDTH, tile_product
 
 _compiled = njit(error_model="numpy", no_cpython_wrapper=True)
 _part = njit(error_model="numpy", inline="always")
 # As tiles do it, multiplies and adds in one operation.
 _rounded_once = njit(error_model="numpy", fastmath={"contract"}, no_cpython_wrapper=True)
 
-COLUMNS = 32  # of a group
+COLUMNS = 2 * WIDTH  # of a group
 STRIP = 16  # a multiple of the rows of any tile, as those of a block are
 FEW_TOKENS = 64
-PANEL_DEPTH = 4096  # of packed tokens: 512 KiB for a group, half of the second cache that is usual
+PANEL_DEPTH = 4096  # of packed tokens: at most 512 KiB for a group, half of a usual second cache
 
 _PANEL_BYTES = PANEL_DEPTH * COLUMNS * 4
 _ZERO = np.float32(0)
@@ -64,12 +64,18 @@ def _multiply_rest(a, a_row, rows, b, b_depth, c, c_row, columns, depth, add):  
                 sums[j] += number * tokens[j]
 
 
-def _multiplier(rows: int, vectors: int, width: int) -> Any:
-    """Strip by strip: c[count, columns] (+)= a[count, depth] b[depth, columns]; vectors * width columns."""
-    tile = tile_product(rows, vectors, width)
+def _multiplier(most: int) -> Any:
+    """Strip by strip: c[count, columns] (+)= a[count, depth] b[depth, columns].
+
+    Args:
+        most: columns that there may be, a power of two from 4 on; half of them and so on, too.
+    """
+    vectors = max(most // WIDTH, 1)
+    rows = REGISTERS // 2 // vectors  # half of the registers are sums
+    tile = tile_product(rows, vectors, most // vectors)
 
     @_part
-    def multiply(a, a_row, count, b, b_depth, c, c_row, depth, add, after):  # type: ignore[no-untyped-def]
+    def multiply(a, a_row, count, b, b_depth, c, c_row, columns, depth, add, after):  # type: ignore[no-untyped-def]
         """`after` is the strip that follows the last one of these."""
         ahead_depth = rows * 4 if a_row == depth * 4 else 0  # else it is not in one piece
         for m in range(0, count, rows):
@@ -77,12 +83,21 @@ def _multiplier(rows: int, vectors: int, width: int) -> Any:
             ahead = strip + rows * a_row if m + rows < count else after
             tile(strip, a_row, 4, b, b_depth, target, c_row, depth, add, ahead, ahead_depth)
 
-    return multiply
+    if most == 4:
+        return multiply
+    narrower = _multiplier(most // 2)
+
+    @_part
+    def multiply_some(a, a_row, count, b, b_depth, c, c_row, columns, depth, add, after):  # type: ignore[no-untyped-def]
+        if columns == most:
+            multiply(a, a_row, count, b, b_depth, c, c_row, columns, depth, add, after)
+        else:
+            narrower(a, a_row, count, b, b_depth, c, c_row, columns, depth, add, after)
+
+    return multiply_some
 
 
-# By the columns of a group, as far as its tokens fill vectors.
-_by_32, _by_16 = _multiplier(8, 2, 16), _multiplier(16, 1, 16)
-_by_8, _by_4 = _multiplier(16, 1, 8), _multiplier(16, 1, 4)
+_multiply_strips = _multiplier(COLUMNS)
 
 
 @_part
@@ -117,7 +132,9 @@ def _multiply_group(this, first_row, rows, group, panel, packed, tile, after):  
     """A group of a block of rows; gives the group that `panel` holds then, or -1."""
     first_token = group * COLUMNS
     count = min(COLUMNS, this.tokens - first_token)
-    columns = 32 if count > 16 else 16 if count > 8 else 8 if count > 4 else 4
+    columns = 4
+    while columns < count:
+        columns *= 2
     is_direct = count == columns and this.tokens <= FEW_TOKENS
     is_whole = count == columns and not this.tokens_first
     c = this.y + (first_row * this.tokens + first_token) * 4 if is_whole else tile
@@ -133,14 +150,7 @@ def _multiply_group(this, first_row, rows, group, panel, packed, tile, after):  
                 packed = group if depth == this.depth else -1
             b, b_depth = panel, columns * 4
         strips = rows // STRIP * STRIP
-        if columns == 32:
-            _by_32(a, a_row, strips, b, b_depth, c, c_row, depth, add, after)
-        elif columns == 16:
-            _by_16(a, a_row, strips, b, b_depth, c, c_row, depth, add, after)
-        elif columns == 8:
-            _by_8(a, a_row, strips, b, b_depth, c, c_row, depth, add, after)
-        else:
-            _by_4(a, a_row, strips, b, b_depth, c, c_row, depth, add, after)
+        _multiply_strips(a, a_row, strips, b, b_depth, c, c_row, columns, depth, add, after)
         if strips < rows:
             a, rest = a + strips * a_row, c + strips * c_row
             _multiply_rest(a, a_row, rows - strips, b, b_depth, rest, c_row, columns, depth, add)

@@ -8,15 +8,31 @@ it lies.
 
 from __future__ import annotations
 
+import platform
 from typing import Any
 
+import numba
 from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
 from numba import types
 from numba.extending import intrinsic
 
 from pallas_kernels.native.pointers import build_prefetch
 
 _WORD, _INT, _FLOAT = ir.IntType(64), ir.IntType(32), ir.FloatType()
+
+
+def _has(feature: str) -> bool:
+    """Whether the processor that numba compiles for has a feature, by LLVM's name of it."""
+    asked_for = numba.config.CPU_FEATURES
+    if asked_for is not None:
+        return f"+{feature}" in asked_for.split(",")
+    return bool(get_host_cpu_features().get(feature))
+
+
+# Numbers of a vector, and vectors that registers hold.
+WIDTH = 16 if _has("avx512f") else 8 if _has("avx2") else 4
+REGISTERS = 16 if platform.machine() in ("x86_64", "AMD64") and WIDTH < 16 else 32
 
 
 def tile_product(rows: int, vectors: int, width: int) -> Any:
@@ -28,7 +44,7 @@ def tile_product(rows: int, vectors: int, width: int) -> Any:
     Args:
         rows: of a tile.
         vectors, width: vectors of a row, and numbers of a vector: vectors * width are the columns. With
-            those of B and one more, rows * vectors of them should fit into registers (32 in AVX-512).
+            those of B and one more, rows * vectors of them should fit into REGISTERS.
 
     Returns:
         product(a, a_row, a_depth, b, b_depth, c, c_row, depth, add, ahead, ahead_depth), all int64.

@@ -19,16 +19,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from llvmlite.binding import get_host_cpu_features
 
 from pallas_kernels.native.columns import Vectors, walk
 from pallas_kernels.native.pointers import bytes_at, floats_at, ints_at, memcpy, record_at, words_at
-from pallas_kernels.native.tiles import tile_product
+from pallas_kernels.native.tiles import REGISTERS, WIDTH, tile_product
 from pallas_kernels.ragged_paged_attention.cpu_call import MASKED, ONE, ZERO, cap, compiled
 
-_FEATURES = get_host_cpu_features()
-WIDTH = 16 if _FEATURES.get("avx512f") else 8 if _FEATURES.get("avx2") else 4
-ROWS, VECTORS = (8, 3) if WIDTH != 8 else (4, 3)  # of a tile product, by how many registers there are
+ROWS, VECTORS = REGISTERS // 4, 3  # of a tile product
 COLUMNS = VECTORS * WIDTH
 BLOCK = 64  # keys
 _TILE_COLUMNS = 192
