@@ -28,6 +28,7 @@ from jaxllm.models.blocks import DecoderForm
 from jaxllm.models.config import ModelConfig, MoEConfig, RopeConfig
 from jaxllm.models.decoder import Decoder
 from jaxllm.models.pipelined_decoder import make_decoder
+from pallas_kernels import matmul
 from sharding import make_mesh
 from tests.parallel.hlo import Module, collectives, copies_of, parse, replica_groups
 
@@ -40,6 +41,12 @@ DECODE, MIXED = StepShape(5, 5, 7, True), StepShape(20, 5, 7, False)
 STEPS = pytest.mark.parametrize(
     ("tensor", "feature_major", "shape"), [(2, False, DECODE), (4, True, MIXED), (8, False, MIXED)]
 )
+
+
+@pytest.fixture(autouse=True)
+def _products_of_xla(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a kernel are not in the module."""
+    monkeypatch.setattr(matmul, "default_backend", lambda dtype: "xla")
 
 
 def shape_of(*sizes: int) -> str:
