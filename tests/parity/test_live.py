@@ -42,9 +42,11 @@ LAYOUTS = [
 ]
 TOLERANCE = 1e-4
 SEED = 1234
+# A greedy token counts only where no rounding can turn it.
+LEAST_LEAD = 2e-4
 
 
-def make_model(name: str, directory: Path) -> torch.nn.Module:
+def make_model(name: str, directory: Path, seed: int = SEED) -> torch.nn.Module:
     """A model of a case, made by Hugging Face, with weights under which every part matters."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -57,7 +59,7 @@ def make_model(name: str, directory: Path) -> torch.nn.Module:
     with torch.no_grad():
         # Also buffers that are part of the checkpoint: what DeepSeek-V3 adds to its routers' scores.
         for tensor, values in model.state_dict().items():
-            values.copy_(torch.from_numpy(make_tensor(tensor, tuple(values.shape), SEED)))
+            values.copy_(torch.from_numpy(make_tensor(tensor, tuple(values.shape), seed)))
     return model.eval()
 
 
@@ -66,16 +68,20 @@ def test_engine_equals_hugging_face(name: str, tmp_path: Path) -> None:
     from tests.parity import hugging_face
 
     case = CASES[name]
-    model = make_model(name, tmp_path / "config")
+    for seed in range(SEED, SEED + 10):
+        model = make_model(name, tmp_path / f"config {seed}", seed)
+        prompt = make_prompt(case.prompt_length, case.config["vocab_size"], seed)
+        # First, since dynamic rope scaling in Hugging Face remembers the longest sequence it has seen.
+        want_logprobs = hugging_face.prompt_logprobs(model, prompt)
+        want_tokens, lead = hugging_face.greedy(model, prompt, NUM_GREEDY_TOKENS)
+        if lead >= LEAST_LEAD:
+            break
+    assert lead >= LEAST_LEAD, "every seed had a close call"
     model.save_pretrained(tmp_path / "model")
-    prompt = make_prompt(case.prompt_length, case.config["vocab_size"], SEED)
-    # First, since dynamic rope scaling in Hugging Face remembers the longest sequence it has seen.
-    want_logprobs = hugging_face.prompt_logprobs(model, prompt)
-    want_tokens, lead = hugging_face.greedy(model, prompt, NUM_GREEDY_TOKENS)
 
     logprobs, tokens = engine.run(tmp_path / "model", prompt)
     np.testing.assert_allclose(logprobs, want_logprobs, atol=TOLERANCE, rtol=0)
-    assert tokens == want_tokens, f"the closest call of Hugging Face had a lead of {lead:.1e}"
+    assert tokens == want_tokens
 
 
 @pytest.mark.parametrize(
