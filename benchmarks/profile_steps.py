@@ -69,10 +69,11 @@ def tiles_of(llm: LLM) -> Tiles | None:
     decoder = llm.llm_engine.runner._decoder
     backend = decoder.form.attention_backend
     if backend == "cpu":
-        from pallas_kernels.ragged_paged_attention import cpu_prefill
+        from pallas_kernels.native.tiles import WIDTH
+        from pallas_kernels.ragged_paged_attention.cpu_prefill import ROWS
 
         # Decodes read the keys that there are; a vector of queries goes as far as its last one, in rows.
-        tile = (cpu_prefill.WIDTH, cpu_prefill.ROWS)
+        tile = (WIDTH, ROWS)
         return Tiles(1, 1, 1, tile, tile, 0)
     if backend != "xla":
         return None
