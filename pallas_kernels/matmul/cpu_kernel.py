@@ -22,11 +22,10 @@ import numpy as np
 from numba import njit
 
 from pallas_kernels.native.pointers import floats_at, record_at
-from pallas_kernels.native.tasks import COUNTERS, claim, enter, finish, leave
+from pallas_kernels.native.tasks import COUNTERS, claim, enter, finish, inlined, leave
 from pallas_kernels.native.tiles import REGISTERS, WIDTH, tile_product
 
 _compiled = njit(error_model="numpy", no_cpython_wrapper=True)
-_part = njit(error_model="numpy", inline="always")
 # As tiles do it, multiplies and adds in one operation.
 _rounded_once = njit(error_model="numpy", fastmath={"contract"}, no_cpython_wrapper=True)
 
@@ -74,7 +73,7 @@ def _multiplier(most: int) -> Any:
     rows = REGISTERS // 2 // vectors  # half of the registers are sums
     tile = tile_product(rows, vectors, most // vectors)
 
-    @_part
+    @inlined
     def multiply(a, a_row, count, b, b_depth, c, c_row, columns, depth, add, after):  # type: ignore[no-untyped-def]
         """`after` is the strip that follows the last one of these."""
         ahead_depth = rows * 4 if a_row == depth * 4 else 0  # else it is not in one piece
@@ -87,7 +86,7 @@ def _multiplier(most: int) -> Any:
         return multiply
     narrower = _multiplier(most // 2)
 
-    @_part
+    @inlined
     def multiply_some(a, a_row, count, b, b_depth, c, c_row, columns, depth, add, after):  # type: ignore[no-untyped-def]
         if columns == most:
             multiply(a, a_row, count, b, b_depth, c, c_row, columns, depth, add, after)
@@ -100,7 +99,7 @@ def _multiplier(most: int) -> Any:
 _multiply_strips = _multiplier(COLUMNS)
 
 
-@_part
+@inlined
 def _pack(x, tokens, depth, count, columns, panel):  # type: ignore[no-untyped-def]
     """`count` columns of x[depth, tokens] to panel[depth, columns], filled up with zeros."""
     source, target = floats_at(x), floats_at(panel)
@@ -111,7 +110,7 @@ def _pack(x, tokens, depth, count, columns, panel):  # type: ignore[no-untyped-d
             target[d * columns + j] = _ZERO
 
 
-@_part
+@inlined
 def _store(this, tile, columns, first_row, rows, first_token, count):  # type: ignore[no-untyped-def]
     """A block's group to where it belongs in the result."""
     source = floats_at(tile)
@@ -127,7 +126,7 @@ def _store(this, tile, columns, first_row, rows, first_token, count):  # type: i
                 target[j] = source[m * columns + j]
 
 
-@_part
+@inlined
 def _multiply_group(this, first_row, rows, group, panel, packed, tile, after):  # type: ignore[no-untyped-def]
     """A group of a block of rows; gives the group that `panel` holds then, or -1."""
     first_token = group * COLUMNS
@@ -184,7 +183,7 @@ def work(address):  # type: ignore[no-untyped-def]
     leave(address)
 
 
-@_part
+@inlined
 def scratch_bytes(block):  # type: ignore[no-untyped-def]
     """Of a thread: packed tokens, and a block's group of the result."""
     return _PANEL_BYTES + block * COLUMNS * 4
