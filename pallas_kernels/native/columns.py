@@ -16,8 +16,8 @@ from numba.extending import intrinsic
 
 _WORD, _INT, _FLOAT = ir.IntType(64), ir.IntType(32), ir.FloatType()
 _FUSED = ("contract",)
-# Of 2^f for |f| <= 1/2: the Taylor series, whose first missing term is 5e-9.
-_POWERS = [math.log(2) ** n / math.factorial(n) for n in range(7, -1, -1)]
+# Of 2^f for |f| <= 1/2: the Taylor series from its seventh power down, whose first missing term is 5e-9.
+POWERS_OF_TWO = [math.log(2) ** n / math.factorial(n) for n in range(7, -1, -1)]
 
 
 class Vectors:
@@ -67,8 +67,8 @@ class Vectors:
         # To the nearest, since y is not positive.
         whole = build.fptosi(self.subtract(y, self.number(0.5)), self.ints)
         rest = self.subtract(y, build.sitofp(whole, self.floats))
-        power = self.number(_POWERS[0])
-        for coefficient in _POWERS[1:]:
+        power = self.number(POWERS_OF_TWO[0])
+        for coefficient in POWERS_OF_TWO[1:]:
             power = self.add(self.multiply(power, rest), self.number(coefficient))
         bits = build.shl(build.add(whole, self.integer(127)), self.integer(23))
         return self.multiply(power, build.bitcast(bits, self.floats))

@@ -7,6 +7,7 @@ import math
 import numpy as np
 from numba import njit
 
+from pallas_kernels.native.columns import POWERS_OF_TWO
 from pallas_kernels.native.pointers import float_of_bits, record_at
 from pallas_kernels.native.tasks import COUNTERS
 
@@ -17,10 +18,7 @@ MASKED = np.float32(-1e30)  # where a maximum starts: finite, since minus infini
 ZERO, ONE = np.float32(0), np.float32(1)
 _LOG2_E = np.float32(math.log2(math.e))
 _HALF, _TWO = np.float32(0.5), np.float32(2)
-# Of 2^f for |f| <= 1/2: the Taylor series, whose first missing term is 5e-9.
-_E7, _E6, _E5, _E4, _E3, _E2, _E1 = (
-    np.float32(math.log(2) ** n / math.factorial(n)) for n in range(7, 0, -1)
-)
+_E7, _E6, _E5, _E4, _E3, _E2, _E1, _ = map(np.float32, POWERS_OF_TWO)
 
 # One call: what is asked for, and how far it is. Addresses point to what XLA holds, or follow in the same
 # allocation; those of what there is none of are 0.
